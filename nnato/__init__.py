@@ -1,0 +1,73 @@
+"""Which part of a transformer's residual stream is carried forward linearly, and which is computed anew?
+
+Activation Transport Operators (arXiv 2508.17540) on nnsight. Names are loaded on first use: `import nnato` imports neither torch
+nor nnsight.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nnato.accumulation import Accumulated, accumulate, load_moments
+    from nnato.corpus import Corpus
+    from nnato.errors import NnatoError
+    from nnato.fitting import Fit, fit
+    from nnato.models import load_model
+    from nnato.moments import Moments, TransportMoments
+    from nnato.operators import TransportOperator
+    from nnato.perplexity import AblationResult, ablate
+    from nnato.sites import ResidualSite
+    from nnato.trace import ATOTrace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ATOTrace": "trace",
+    "AblationResult": "perplexity",
+    "Accumulated": "accumulation",
+    "Corpus": "corpus",
+    "Fit": "fitting",
+    "Moments": "moments",
+    "NnatoError": "errors",
+    "ResidualSite": "sites",
+    "TransportMoments": "moments",
+    "TransportOperator": "operators",
+    "ablate": "perplexity",
+    "accumulate": "accumulation",
+    "fit": "fitting",
+    "load_model": "models",
+    "load_moments": "accumulation",
+}
+
+__all__ = [
+    "ATOTrace",
+    "AblationResult",
+    "Accumulated",
+    "Corpus",
+    "Fit",
+    "Moments",
+    "NnatoError",
+    "ResidualSite",
+    "TransportMoments",
+    "TransportOperator",
+    "__version__",
+    "ablate",
+    "accumulate",
+    "fit",
+    "load_model",
+    "load_moments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nnato' has no attribute {name!r}")
+    value = getattr(import_module(f"nnato.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

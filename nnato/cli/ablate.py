@@ -1,0 +1,120 @@
+"""`nnato ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nnato.cli import common
+
+if TYPE_CHECKING:
+    from nnato.operators import TransportOperator
+
+
+@common.command("ablate")
+@click.option("--positions", default="5", show_default=True, help="How many to draw (5), which (10,50,70), or all.")
+@click.option(
+    "--operator",
+    "operators",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An operator file of nnato fit; repeatable.",
+)
+@click.option("--model", help="Embedded name, folder, .gguf file or hub id.  [default: the embedded model]")
+@common.pair_options
+@click.option(
+    "--interventions",
+    default="transport,identity,mean,zero,null_input",
+    show_default=True,
+    help="What to put in, also: identity_shift.",
+)
+@click.option("--sequences", type=int, default=24, show_default=True, help="Test sequences.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the positions and the bootstrap.")
+@common.text_options
+@common.batch_option
+@common.model_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results (JSON) and the figure.")
+@common.json_option
+def command(
+    positions: str,
+    operators: tuple[Path, ...],
+    model: str | None,
+    pairs: str | None,
+    source: str | None,
+    leap: str | None,
+    interventions: str,
+    sequences: int,
+    seed: int,
+    batch_size: int,
+    device: str | None,
+    dtype: str,
+    out: Path | None,
+    as_json: bool,
+    **text: Any,
+) -> None:
+    """Replace target residuals by predictions at some positions and measure what the model loses.
+
+    Without --operator it fits what it needs, from moments kept in the user's cache. With it, the text is the one the operator was
+    fitted on, unless --text names another; the sequences are always of test documents.
+
+    \b
+    Examples:
+      nnato ablate --positions 5
+      nnato ablate --pairs 9:12 --positions 10,50,70,100,120 --interventions transport,identity_shift,mean
+    """
+    from nnato.accumulation import accumulate_cached, default_corpus, tokenize
+    from nnato.edits import Positions
+    from nnato.errors import OperatorError
+    from nnato.fitting import fit
+    from nnato.models import describe
+    from nnato.operators import TransportOperator
+    from nnato.perplexity import ablate, check_interventions, check_operator, choose_sequences, corpus_of
+    from nnato.sites import default_pairs
+    from nnato.storage import prepare_folder
+
+    spec = Positions.parse(positions)
+    names = [name.strip() for name in interventions.split(",") if name.strip()]
+    check_interventions(names)
+    if operators and (pairs or source or leap):
+        raise OperatorError("give --operator or pairs, not both: an operator knows its pair")
+    if out is not None:
+        prepare_folder(out.expanduser())
+    chosen: list[TransportOperator] = [TransportOperator.load(path) for path in operators]
+    with common.progress_bar() as progress:
+        name = model or (chosen[0].details.get("model", {}).get("name") if chosen else None)
+        loaded = common.load(name, device, dtype, progress)
+        info = describe(loaded)
+        for operator in chosen:
+            check_operator(operator, info)
+        wanted = common.parse_pair_options(pairs, source, leap, info.blocks) or default_pairs(info.blocks)
+        corpus = common.make_corpus(corpus_of(chosen[0], info) if chosen else default_corpus(info), **text)
+        spec.check(corpus.context)
+        blocks = tokenize(loaded, corpus, progress)
+        choose_sequences(blocks, sequences)  # refuses too little text before the long part
+        if not chosen:
+            accumulated = accumulate_cached(loaded, blocks, wanted, batch_size=batch_size, progress=progress)
+            chosen = [result.operator for result in fit(accumulated, wanted, progress=progress)]
+        results = ablate(
+            loaded,
+            chosen,
+            blocks,
+            positions=spec,
+            interventions=names,
+            sequences=sequences,
+            seed=seed,
+            progress=progress,
+        )
+    record = [result.to_json() for result in results]
+    if out is not None:
+        from nnato.plots import ablation_bars
+
+        common.write_json(out.expanduser() / "ablation.json", record)
+        ablation_bars(results, out.expanduser() / "ablation.png", common.about(info.fingerprint(), blocks.fingerprint))
+    if as_json:
+        common.print_json(info.fingerprint(), blocks.fingerprint, record, seed)
+        return
+    common.show_ablations(results)
+    if out is not None:
+        common.say(f"ablation.json and ablation.png in {out}")

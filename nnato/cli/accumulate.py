@@ -1,0 +1,93 @@
+"""`nnato accumulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nnato.cli import common
+
+
+@common.command("accumulate")
+@click.argument("model", required=False)
+@click.option(
+    "--sites",
+    help="all, or a list such as 5,10,embed: moments of all their pairs.  [default: about seven, spread over the depth]",
+)
+@common.pair_options
+@common.text_options
+@common.batch_option
+@click.option("--checkpoint-every", type=int, default=20, show_default=True, help="Forward passes between checkpoints.")
+@common.model_options
+@click.option("--sums-on", help="Where to keep the float64 sums, for example cpu.  [default: where the model is]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("moments"), show_default=True, help="Folder for the result.")
+@common.json_option
+def command(
+    model: str | None,
+    sites: str | None,
+    pairs: str | None,
+    source: str | None,
+    leap: str | None,
+    batch_size: int,
+    checkpoint_every: int,
+    device: str | None,
+    dtype: str,
+    sums_on: str | None,
+    out: Path,
+    as_json: bool,
+    **text: Any,
+) -> None:
+    """Stream text through MODEL once and keep moments of its residuals, no activations.
+
+    Interrupted or killed, the same command resumes from the last checkpoint, to the same bits.
+
+    \b
+    Examples:
+      nnato accumulate
+      nnato accumulate google/gemma-2-2b --source 10 --leap 1-10 --text monology/pile-uncopyrighted --tokens 250000
+    """
+    from nnato.accumulation import FILE, accumulate, default_corpus, default_pairs_of
+    from nnato.errors import SiteError
+    from nnato.models import describe
+    from nnato.sites import grid, parse_sites
+    from nnato.storage import prepare_folder
+
+    prepare_folder(out.expanduser())
+    with common.progress_bar() as progress:
+        loaded = common.load(model, device, dtype, progress)
+        info = describe(loaded)
+        chosen = common.parse_pair_options(pairs, source, leap, info.blocks)
+        if sites is not None and chosen is not None:
+            raise SiteError("give --sites (all pairs of them) or pairs, not both")
+        if sites is not None:
+            chosen = grid(parse_sites(sites, info.blocks))
+            if not chosen:
+                raise SiteError(f"--sites {sites}: a pair needs two sites")
+        result = accumulate(
+            loaded,
+            common.make_corpus(default_corpus(info), **text),
+            chosen or default_pairs_of(info),
+            out=out,
+            device=sums_on,
+            batch_size=batch_size,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+    file = out.expanduser() / FILE
+    if as_json:
+        record = {
+            "path": str(file),
+            "sites": [site.key for site in result.moments.sites],
+            "pairs": [[s.key, t.key] for s, t in result.moments.pairs],
+            "tokens": result.tokens,
+            "excluded_tokens": sum(result.excluded.values()),
+            "excluded": result.excluded,
+            "sink_tokens": result.sink_tokens,
+            "bytes": file.stat().st_size,
+        }
+        common.print_json(result.model, result.text, record)
+        return
+    common.show_accumulated(result)
+    common.say(f"{len(result.moments.pairs)} pairs in {file} ({file.stat().st_size / 1e6:,.0f} MB). Next: nnato fit {out}")

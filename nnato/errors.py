@@ -1,0 +1,45 @@
+"""What can go wrong, one class per cause. Every message names the thing and the remedy."""
+
+
+class NnatoError(Exception):
+    """Base of all errors nnato raises on purpose."""
+
+
+class SiteError(NnatoError):
+    """A residual site or a (source, target) pair that the model does not have."""
+
+
+class ModelError(NnatoError):
+    """A model that cannot be found, loaded or understood."""
+
+
+class TextError(NnatoError):
+    """A text source that cannot be found or read, or holds too little text."""
+
+
+class ActivationError(NnatoError):
+    """Activations that are not finite, or not of the expected shape."""
+
+
+class MomentsError(NnatoError):
+    """Moments that do not fit the request: of another model, width, site or run."""
+
+
+class OperatorError(NnatoError):
+    """An operator that does not fit the model, or an intervention nobody knows."""
+
+
+class PositionError(NnatoError):
+    """Positions outside the sequence, or more of them than there are tokens."""
+
+
+class FileFormatError(NnatoError):
+    """A file that is truncated, foreign, of a future schema, or otherwise unreadable."""
+
+
+class OutputError(NnatoError):
+    """A place that cannot be written to."""
+
+
+class MissingExtraError(NnatoError):
+    """A part of nnato that needs a package which is not installed."""

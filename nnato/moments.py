@@ -1,0 +1,316 @@
+"""Streaming moments of residuals: count, means and centred cross-products, in float64. No activation is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+
+from nnato.errors import ActivationError, MomentsError
+from nnato.sites import Pair, ResidualSite
+from nnato.statistics import ResidualBatch
+
+Site = ResidualSite | int
+
+
+class Moments:
+    """Count, means and centred cross-products of rows at several sites; all of it additive.
+
+    For each block (s, t) it keeps the scatter `C_st = Σ (x_s - mean_s)ᵀ (x_t - mean_t)`. Batches are centred about their own means and
+    merged by Chan's formula, so a large mean costs no digits. Everything is float64, whatever the dtype of the rows and the ambient
+    default or autocast (which exempts float64).
+
+    Attributes:
+        sites: The sites, sorted.
+        blocks: The (s, t) whose scatter is kept, sorted; s = t is a site's own.
+        d_model: Width of a row.
+        n: Number of rows so far.
+        mean: float64 (2, sites, d_model): of the rows as sources and as targets. They differ only for shuffled pairs.
+        scatter: float64 (blocks, d_model, d_model).
+    """
+
+    def __init__(self, blocks: Iterable[Pair], d_model: int, device: torch.device | str = "cpu") -> None:
+        self.blocks: tuple[Pair, ...] = tuple(sorted(set(blocks)))
+        self.sites: tuple[ResidualSite, ...] = tuple(sorted({site for block in self.blocks for site in block}))
+        self.d_model = d_model
+        self.n = 0
+        self.mean = torch.zeros(2, len(self.sites), d_model, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(len(self.blocks), d_model, d_model, dtype=torch.float64, device=device)
+        self._interrupted = False
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[Pair], d_model: int, device: torch.device | str = "cpu") -> Moments:
+        """Empty moments with all that these pairs need: their cross blocks and their sites' own."""
+        pairs = tuple(pairs)
+        own = {(site, site) for pair in pairs for site in pair}
+        return cls(own | set(pairs), d_model, device)
+
+    def update(self, rows: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            rows: Float (sites, n, d_model); n may be 0.
+            targets: The rows as targets, if other than `rows` (same shape); for shuffled pairs.
+
+        Raises:
+            ActivationError: Wrong shape or dtype, or a value that is not finite. The moments are unchanged, bit for bit.
+        """
+        self._check_usable()
+        for name, value in (("rows", rows), ("targets", targets)):
+            if value is not None:
+                self._check_rows(name, value)
+        if targets is not None and targets.shape != rows.shape:
+            raise ActivationError(f"targets have shape {tuple(targets.shape)}, rows {tuple(rows.shape)}")
+        count = rows.shape[1]
+        if count == 0:
+            return
+        total = self.n + count
+        x, mean_x = self._centred(rows, 0, total)
+        y, mean_y = (x, mean_x) if targets is None else self._centred(targets, 1, total)
+        place = {site: i for i, site in enumerate(self.sites)}
+        # The one write of many steps: should an interrupt fall into it, the state says so instead of being silently wrong.
+        self._interrupted = True
+        for block, (source, target) in enumerate(self.blocks):
+            self.scatter[block].addmm_(x[place[source]].T, y[place[target]])
+        share = count / total
+        self.mean[0] += share * (mean_x - self.mean[0])
+        self.mean[1] += share * (mean_y - self.mean[1])
+        self.n = total
+        self._interrupted = False
+
+    def _centred(self, rows: torch.Tensor, side: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows centred about their mean with one row more, whose products are Chan's correction for the two means."""
+        count = rows.shape[1]
+        centred = torch.empty(len(self.sites), count + 1, self.d_model, dtype=torch.float64, device=self.scatter.device)
+        body = centred[:, :count]
+        body.copy_(rows.detach())
+        mean = body.mean(dim=1)
+        body -= mean[:, None]
+        centred[:, count] = (mean - self.mean[side]) * (self.n * count / total) ** 0.5
+        return centred, mean
+
+    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+        wanted = (len(self.sites), self.d_model)
+        if rows.dim() != 3 or (rows.shape[0], rows.shape[2]) != wanted:
+            raise ActivationError(f"{name} have shape {tuple(rows.shape)}, not ({wanted[0]} sites, n, d_model {wanted[1]})")
+        if not rows.is_floating_point():
+            raise ActivationError(f"{name} have dtype {rows.dtype}, not a floating-point one")
+        finite = torch.isfinite(rows)
+        if not bool(finite.all()):
+            site, row, _ = place = torch.nonzero(~finite)[0].tolist()
+            raise ActivationError(f"{name}: site {self.sites[site]}, row {row}: the value is {float(rows[tuple(place)])}")
+
+    def _check_usable(self) -> None:
+        if self._interrupted:
+            raise MomentsError("these moments were interrupted in the middle of an update: load the last checkpoint instead")
+
+    # ---- algebra -------------------------------------------------------------------------------------------------------
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together (Chan's formula). Empty moments are the identity.
+
+        Raises:
+            MomentsError: The two have other blocks or another width.
+        """
+        self._check_like(other)
+        n = self.n + other.n
+        if not self.n or not other.n:
+            return (self if self.n else other).select(self.blocks)
+        merged = Moments(self.blocks, self.d_model, self.scatter.device)
+        delta = other.mean.to(self.mean.device) - self.mean
+        merged.n = n
+        merged.mean = self.mean + (other.n / n) * delta
+        merged.scatter = self.scatter + other.scatter.to(self.scatter.device)
+        merged._add_outer(delta, self.n * other.n / n)
+        return merged
+
+    def subtract(self, part: Moments) -> Moments:
+        """The moments of the other rows, when `part` is of some of ours. Loses digits if the part is more than about half.
+
+        Raises:
+            MomentsError: The two have other blocks or another width, or the part is not smaller.
+        """
+        self._check_like(part)
+        if part.n > self.n:
+            raise MomentsError(f"cannot subtract {part.n} rows from {self.n}")
+        rest = Moments(self.blocks, self.d_model, self.scatter.device)
+        rest.n = self.n - part.n
+        if rest.n:
+            part_mean = part.mean.to(self.mean.device)
+            rest.mean = self.mean + (part.n / rest.n) * (self.mean - part_mean)
+            rest.scatter = self.scatter - part.scatter.to(self.scatter.device)
+            rest._add_outer(rest.mean - part_mean, -rest.n * part.n / self.n)
+        return rest
+
+    def _add_outer(self, delta: torch.Tensor, weight: float) -> None:
+        place = {site: i for i, site in enumerate(self.sites)}
+        for block, (source, target) in enumerate(self.blocks):
+            self.scatter[block].addr_(delta[0, place[source]], delta[1, place[target]], alpha=weight)
+
+    def _check_like(self, other: Moments) -> None:
+        self._check_usable()
+        other._check_usable()
+        if (self.blocks, self.d_model) != (other.blocks, other.d_model):
+            raise MomentsError(
+                f"moments of {_names(self.blocks)} at width {self.d_model} and of {_names(other.blocks)} at width "
+                f"{other.d_model} do not fit together"
+            )
+
+    def select(self, blocks: Iterable[Pair]) -> Moments:
+        """A copy with these blocks only.
+
+        Raises:
+            MomentsError: A block is not there.
+        """
+        chosen = Moments(blocks, self.d_model, self.scatter.device)
+        chosen.n = self.n
+        chosen.mean = self.mean[:, [self._site(site) for site in chosen.sites]].clone()
+        chosen.scatter = self.scatter[[self._block(*block) for block in chosen.blocks]].clone()
+        return chosen
+
+    # ---- reading -------------------------------------------------------------------------------------------------------
+
+    def mean_of(self, site: Site, as_target: bool = False) -> torch.Tensor:
+        """Mean of the rows at a site; float64 (d_model,)."""
+        self._check_usable()
+        return self.mean[int(as_target), self._site(site)]
+
+    def scatter_of(self, source: Site, target: Site) -> torch.Tensor:
+        """Centred cross-products `C_st = Σ (x_s - mean_s)ᵀ (x_t - mean_t)`; float64 (d_model, d_model), a site's own symmetrised.
+
+        Raises:
+            MomentsError: The block is not there.
+        """
+        self._check_usable()
+        if source == target:
+            own = self.scatter[self._block(source, target)]
+            return (own + own.T) / 2
+        if source > target:
+            return self.scatter[self._block(target, source)].T
+        return self.scatter[self._block(source, target)]
+
+    def _site(self, site: Site) -> int:
+        if site not in self.sites:
+            raise MomentsError(f"these moments do not hold site {ResidualSite(site)}; they hold {', '.join(map(str, self.sites))}")
+        return self.sites.index(ResidualSite(site))
+
+    def _block(self, source: Site, target: Site) -> int:
+        block = (ResidualSite(source), ResidualSite(target))
+        if block not in self.blocks:
+            raise MomentsError(f"these moments do not hold the pair {block[0]}:{block[1]}; they hold {_names(self.blocks)}")
+        return self.blocks.index(block)
+
+
+def _names(blocks: Iterable[Pair]) -> str:
+    pairs = [f"{source}:{target}" for source, target in blocks if source != target]
+    return ", ".join(pairs[:12]) + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
+
+
+class TransportMoments:
+    """Everything operators of some pairs are fitted, chosen and judged by: moments per split and token class, and of shuffled pairs.
+
+    Attributes:
+        pairs: The (source, target) pairs.
+        sites: Their sites, sorted.
+        d_model: Width of the residual stream.
+        groups: Moments by (split, class), the class being `ordinary` or `excluded`.
+        shuffled: Cross moments of ordinary training tokens at the source with tokens of *another document* at the same position of the
+            target: what is left of a pair when only position is shared (METHODS: shuffled-pair null).
+    """
+
+    def __init__(self, pairs: Iterable[Pair], d_model: int, device: torch.device | str = "cpu") -> None:
+        self.pairs = tuple(sorted(set(pairs)))
+        self.d_model = d_model
+        self.device = torch.device(device)
+        self.groups: dict[tuple[str, str], Moments] = {}
+        self.shuffled = Moments(self.pairs, d_model, device)
+        self.sites = self.shuffled.sites
+
+    @staticmethod
+    def bytes_for(pairs: Iterable[Pair], d_model: int) -> int:
+        """Memory of the sums of these pairs: three splits of two token classes, and the shuffled pairs."""
+        pairs = set(pairs)
+        own = {site for pair in pairs for site in pair}
+        return 8 * d_model**2 * (6 * (len(pairs) + len(own)) + len(pairs))
+
+    def update(self, batch: ResidualBatch) -> None:
+        """Add a batch of residuals; refused whole if any real token's residual is not finite.
+
+        Raises:
+            NonFinite: With the place; nothing was added.
+        """
+        batch.check_finite()
+        rows = rearrange(batch.residuals, "site block position d -> site (block position) d")
+        for name, mask in (("ordinary", batch.ordinary), ("excluded", batch.excluded)):
+            chosen = mask.flatten()
+            if bool(chosen.any()):
+                self._group(batch.split, name).update(rows[:, chosen])
+        if batch.split == "train":
+            other = batch.documents != batch.documents.roll(1)
+            both = (batch.ordinary & batch.ordinary.roll(1, 0) & other[:, None]).flatten()
+            rolled = rearrange(batch.residuals.roll(1, 1), "site block position d -> site (block position) d")
+            self.shuffled.update(rows[:, both], rolled[:, both])
+
+    def _group(self, split: str, name: str) -> Moments:
+        if (split, name) not in self.groups:
+            self.groups[split, name] = Moments.of_pairs(self.pairs, self.d_model, self.device)
+        return self.groups[split, name]
+
+    def of(self, split: str, tokens: str = "ordinary", pairs: Iterable[Pair] | None = None) -> Moments:
+        """Moments of a split.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            tokens: `ordinary` (default everywhere) or `all`, special tokens, first positions and sinks included.
+            pairs: Only these pairs; all by default.
+
+        Raises:
+            MomentsError: There are no such tokens, or not this pair.
+        """
+        if tokens not in ("ordinary", "all"):
+            raise MomentsError(f"tokens {tokens!r}: use 'ordinary' or 'all'")
+        names = ["ordinary"] if tokens == "ordinary" else ["ordinary", "excluded"]
+        blocks = Moments.of_pairs(self.pairs if pairs is None else pairs, 0).blocks
+        found = [self.groups[split, name].select(blocks) for name in names if (split, name) in self.groups]
+        if not found:
+            raise MomentsError(f"there are no {tokens} tokens in the {split} split")
+        return found[0] if len(found) == 1 else found[0].merge(found[1])
+
+    def state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON of everything."""
+        parts = {f"{split}.{name}": moments for (split, name), moments in self.groups.items()} | {"shuffled": self.shuffled}
+        tensors = {f"{key}.mean": moments.mean for key, moments in parts.items()}
+        tensors |= {f"{key}.scatter": moments.scatter for key, moments in parts.items()}
+        metadata = {
+            "pairs": [[source.key, target.key] for source, target in self.pairs],
+            "d_model": self.d_model,
+            "rows": {key: moments.n for key, moments in parts.items()},
+        }
+        return tensors, metadata
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """Take over a stored state of the same pairs and width.
+
+        Raises:
+            MomentsError: It does not fit.
+        """
+        fresh = TransportMoments(self.pairs, self.d_model, self.device)
+        if metadata.get("pairs") != fresh.state()[1]["pairs"] or metadata.get("d_model") != self.d_model:
+            raise MomentsError("the stored moments are of other pairs or another width")
+        rows = metadata.get("rows")
+        if not isinstance(rows, dict) or set(tensors) != {f"{key}.{part}" for key in rows for part in ("mean", "scatter")}:
+            raise MomentsError("the stored moments lack some of their tensors")
+        for key, n in rows.items():
+            split, _, name = key.partition(".")
+            moments = fresh.shuffled if key == "shuffled" else fresh._group(split, name)
+            for part in ("mean", "scatter"):
+                stored, mine = tensors[f"{key}.{part}"], getattr(moments, part)
+                if stored.shape != mine.shape or stored.dtype != torch.float64 or not bool(torch.isfinite(stored).all()):
+                    raise MomentsError(f"the stored {key}.{part} has another shape or dtype, or values that are not finite")
+                mine.copy_(stored)
+            if not isinstance(n, int) or n < 0:
+                raise MomentsError(f"the stored number of rows of {key} is {n!r}")
+            moments.n = n
+        self.groups, self.shuffled = fresh.groups, fresh.shuffled

@@ -1,0 +1,171 @@
+"""Transport operators: frozen affine maps from the residual at one site to the residual at a later one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnato.errors import FileFormatError, OperatorError, SiteError
+from nnato.sites import Pair, ResidualSite, make_pair
+from nnato.storage import read_artifact, require, write_artifact
+
+KIND = "operator"
+_TENSORS = ("weight", "source_mean", "target_mean")
+
+
+class AffineMap:
+    """`ŷ = ȳ + (x - x̄) W`: what a transport operator does to a residual, as a plain class that nnsight can ship to a server.
+
+    Attributes:
+        weight: float64 (d_x, d_y), acting on row vectors: the transpose of scikit-learn's `coef_`.
+        source_mean: x̄, float64 (d_x,).
+        target_mean: ȳ, float64 (d_y,).
+    """
+
+    weight: torch.Tensor
+    source_mean: torch.Tensor
+    target_mean: torch.Tensor
+
+    @staticmethod
+    def make(weight: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor) -> AffineMap:
+        """A map of these tensors."""
+        made = AffineMap()
+        made.weight, made.source_mean, made.target_mean = weight, source_mean, target_mean
+        return made
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Predict.
+
+        Args:
+            x: Float (…, d_x).
+
+        Returns:
+            (…, d_y) in the dtype of x and on its device; computed in float32 at least.
+
+        Raises:
+            OperatorError: x has another width.
+        """
+        if x.shape[-1] != self.weight.shape[0]:
+            raise OperatorError(f"this operator takes residuals of width {self.weight.shape[0]}, not {x.shape[-1]}")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Centred first: one coordinate can be thousands of times larger than the rest, and float32 would lose them in xW.
+        centred = x.to(dtype) - self.source_mean.to(x.device, dtype)
+        predicted = centred @ self.weight.to(x.device, dtype) + self.target_mean.to(x.device, dtype)
+        return predicted.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class TransportOperator(AffineMap):
+    """An affine map `ŷ = ȳ + (x - x̄) W` from the residual at `source` to the residual at `target` (arXiv 2508.17540).
+
+    Baselines are operators too, so that everything that can be done to a fitted map can be done to them.
+
+    Attributes:
+        source: Where it reads.
+        target: Where it predicts.
+        weight: float64 (d_x, d_y), acting on row vectors: the transpose of scikit-learn's `coef_`.
+        source_mean: x̄, float64 (d_x,), mean of the training tokens at the source.
+        target_mean: ȳ, float64 (d_y,), at the target.
+        name: What kind of map it is: `transport`, `identity`, `identity_shift`, `mean`, `shuffled`, `zero`, `null_input`.
+        details: Where it comes from, in JSON: penalty, model, text, token counts, versions.
+    """
+
+    source: ResidualSite
+    target: ResidualSite
+    weight: torch.Tensor = field(repr=False)
+    source_mean: torch.Tensor = field(repr=False)
+    target_mean: torch.Tensor = field(repr=False)
+    name: str = "transport"
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.source >= self.target:
+            raise SiteError(f"operator {self.source}:{self.target}: the source must come before the target")
+        shapes = [tuple(tensor.shape) for tensor in (self.weight, self.source_mean, self.target_mean)]
+        if len(shapes[0]) != 2 or (shapes[1], shapes[2]) != (shapes[0][:1], shapes[0][1:]):
+            raise OperatorError(
+                f"operator {self.source}:{self.target}: weight, source mean and target mean have shapes {shapes}, "
+                "not (d_x, d_y), (d_x,) and (d_y,)"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A trace that goes to a server takes along what it uses, by value: the map only, not this class with its files and versions.
+        return AffineMap.make, (self.weight, self.source_mean, self.target_mean)
+
+    def __copy__(self) -> TransportOperator:
+        return self  # frozen
+
+    def __deepcopy__(self, memo: Any) -> TransportOperator:
+        return self  # frozen
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """`b = ȳ - x̄W` of the form `ŷ = xW + b`: the prediction for x = 0; float64 (d_y,)."""
+        return self.target_mean - self.source_mean @ self.weight
+
+    @property
+    def pair(self) -> Pair:
+        """(source, target)."""
+        return self.source, self.target
+
+    def save(self, path: str | Path) -> Path:
+        """Write to one `.safetensors` file, atomically.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        path = Path(path).expanduser()
+        metadata = {"source": self.source.key, "target": self.target.key, "name": self.name, "details": self.details}
+        write_artifact(path, KIND, {name: getattr(self, name) for name in _TENSORS}, metadata)
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> TransportOperator:
+        """Read what `save` wrote. Executes nothing.
+
+        Raises:
+            FileFormatError: No such file, or not a readable operator.
+        """
+        path = Path(path).expanduser()
+        tensors, metadata = read_artifact(path, KIND)
+        require(set(tensors) == set(_TENSORS), path, f"it holds the tensors {sorted(tensors)}")
+        for name, tensor in tensors.items():
+            require(tensor.dtype == torch.float64, path, f"{name} is not float64")
+            require(bool(torch.isfinite(tensor).all()), path, f"{name} holds values that are not finite")
+        require(isinstance(metadata.get("details"), dict), path, "its metadata are incomplete")
+        require({"source", "target", "name", "details"} <= set(metadata), path, "its metadata are incomplete")
+        try:
+            source, target = make_pair(metadata["source"], metadata["target"])
+            return TransportOperator(source, target, **tensors, name=metadata["name"], details=metadata["details"])
+        except (SiteError, OperatorError) as error:
+            raise FileFormatError(f"{path} is inconsistent: {error}; make it again") from None
+
+
+def constant(pair: Pair, value: torch.Tensor, name: str) -> TransportOperator:
+    """`ŷ = value` whatever x is; float64 (d_model,)."""
+    return TransportOperator(*pair, value.new_zeros(len(value), len(value)), torch.zeros_like(value), value, name)
+
+
+def identity(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor, name: str = "identity_shift") -> TransportOperator:
+    """`ŷ = x + target_mean - source_mean`: what the skip connection gives for free; means float64 (d_model,)."""
+    eye = torch.eye(len(source_mean), dtype=torch.float64, device=source_mean.device)
+    return TransportOperator(*pair, eye, source_mean, target_mean, name)
+
+
+def baselines(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor) -> dict[str, TransportOperator]:
+    """The maps a fitted operator has to beat: `mean`, `identity` (`ŷ = x`) and `identity_shift` (`ŷ = x + ȳ - x̄`; METHODS §4.7).
+
+    Args:
+        pair: (source, target).
+        source_mean: Mean of the training tokens at the source, float64 (d_model,).
+        target_mean: At the target.
+    """
+    zero = torch.zeros_like(source_mean)
+    return {
+        "mean": constant(pair, target_mean, "mean"),
+        "identity": identity(pair, zero, zero, "identity"),
+        "identity_shift": identity(pair, source_mean, target_mean),
+    }

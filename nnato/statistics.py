@@ -1,0 +1,75 @@
+"""What everything that streams over residuals has in common: one batch type, one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from nnato.errors import ActivationError
+from nnato.sites import ResidualSite
+
+Progress = Callable[[str, int, int | None], None]
+"""Told of progress: stage, units done, units in all (None if unknown)."""
+
+
+@dataclass(frozen=True)
+class ResidualBatch:
+    """Residuals of one forward pass over some token blocks of one split.
+
+    Attributes:
+        residuals: Float (sites, blocks, positions, d_model), in the model's dtype.
+        sites: The sites, in that order.
+        ordinary: bool (blocks, positions): real tokens that enter the statistics by default.
+        excluded: bool (blocks, positions): real tokens that do not: special tokens, the first position, sinks (METHODS: token classes).
+        documents: int64 (blocks,), hash of each block's document.
+        split: `train`, `validation` or `test`.
+    """
+
+    residuals: torch.Tensor
+    sites: tuple[ResidualSite, ...]
+    ordinary: torch.Tensor
+    excluded: torch.Tensor
+    documents: torch.Tensor
+    split: str
+
+    def check_finite(self) -> None:
+        """Refuse a batch with a NaN or an infinity at a real token.
+
+        Raises:
+            ActivationError: With the place of the first one: `block`, `position`, `site` and `value` are set.
+        """
+        bad = ~torch.isfinite(self.residuals)
+        bad &= (self.ordinary | self.excluded)[None, :, :, None]
+        if bool(bad.any()):
+            site, block, position, _ = place = torch.nonzero(bad)[0].tolist()
+            raise NonFinite(block, position, self.sites[site], float(self.residuals[tuple(place)]))
+
+
+class NonFinite(ActivationError):
+    """The place of a value that is not finite, for whoever knows the text to say more."""
+
+    def __init__(self, block: int, position: int, site: ResidualSite, value: float) -> None:
+        super().__init__(f"block {block} of the batch, position {position}, site {site}: the residual is {value}")
+        self.block, self.position, self.site, self.value = block, position, site, value
+
+
+class Statistic(Protocol):
+    """An additive statistic of residuals. Whoever follows this gets checkpoints and resumption from `accumulation.stream`."""
+
+    sites: tuple[ResidualSite, ...]
+
+    def update(self, batch: ResidualBatch) -> None:
+        """Add a batch; a refused batch leaves every bit of the state unchanged."""
+
+    def state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and JSON from which `restore` makes the same statistic, bit for bit."""
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """Take over a stored state.
+
+        Raises:
+            MomentsError: It does not fit.
+        """

@@ -1,0 +1,171 @@
+"""Files: tensors and JSON metadata in safetensors, written atomically and durably; never pickle.
+
+One artefact is one file. Its safetensors metadata has a single key, `nnato`, holding JSON: `schema` (int), `kind` (what it is)
+and whatever the owner needs. Loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nnato.errors import FileFormatError, OutputError
+
+SCHEMA = 1
+"""Version of every file format and cache key of this package; readers refuse newer ones."""
+
+Metadata = dict[str, Any]
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for nnato: `$NNATO_CACHE`, else `$XDG_CACHE_HOME/nnato`, else `~/.cache/nnato`."""
+    if own := os.environ.get("NNATO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nnato"
+
+
+def provenance() -> Metadata:
+    """Versions that produced an artefact: nnato, torch, transformers, nnsight, Python."""
+    versions = {name: packages.version(name) for name in ("nnato", "torch", "transformers", "nnsight")}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {**versions, "python": platform.python_version(), "command": command}
+
+
+def prepare_cache(*parts: str) -> Path:
+    """A folder in the user's cache, made and checked.
+
+    Raises:
+        OutputError: It cannot be written to.
+    """
+    return prepare_folder(cache_dir().joinpath(*parts), "set NNATO_CACHE to a folder that can be written to")
+
+
+def prepare_folder(folder: Path, remedy: str = "choose another folder with --out") -> Path:
+    """Make a folder and check that it can be written to, before any work starts.
+
+    Args:
+        folder: The folder.
+        remedy: What to do if it cannot be written to.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".nnato-{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it replaces `path` durably (fsync, rename, fsync of the folder).
+
+    Raises:
+        OutputError: The file could not be written; what was at `path` is untouched.
+    """
+    _remove_orphans(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was replaced") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove temporaries of this file whose process was killed while writing them."""
+    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+        match = re.fullmatch(r".*\.(\d+)\.tmp", orphan.name)
+        if match and not Path("/proc", match[1]).exists():
+            orphan.unlink(missing_ok=True)
+
+
+def write_artifact(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
+    """Write tensors and metadata to one file, atomically and durably.
+
+    Raises:
+        OutputError: The file could not be written; what was there before is untouched.
+    """
+    header = {"nnato": json.dumps({"schema": SCHEMA, "kind": kind, **metadata})}
+    contiguous: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        shared = any(plain.data_ptr() == other.data_ptr() for other in contiguous.values())
+        contiguous[name] = plain.clone() if shared else plain  # safetensors refuses tensors that share memory
+    with atomic(path) as temporary:
+        try:
+            save_file(contiguous, temporary, header)
+        except SafetensorError as error:  # how safetensors reports a failed write
+            raise OSError(str(error)) from None
+
+
+def read_metadata(path: Path, kind: str | None = None) -> Metadata:
+    """The metadata of an artefact, without its tensors.
+
+    Raises:
+        FileFormatError: No such file, not one of nnato's, truncated, of another kind, or of a future schema.
+    """
+    return _read(path, kind, tensors=False)[1]
+
+
+def read_artifact(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata]:
+    """Read an artefact of the given kind.
+
+    Raises:
+        FileFormatError: As in `read_metadata`.
+    """
+    return _read(path, kind, tensors=True)
+
+
+def _read(path: Path, kind: str | None, tensors: bool) -> tuple[dict[str, torch.Tensor], Metadata]:
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("nnato", "null"))
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(f"{path} is damaged or not a safetensors file ({error}); make it again") from None
+    if not isinstance(header, dict) or not isinstance(header.get("schema"), int) or "kind" not in header:
+        raise FileFormatError(f"{path} is a safetensors file, but not one of nnato's")
+    if header["schema"] > SCHEMA:
+        raise FileFormatError(f"{path} has schema {header['schema']}, this nnato reads up to {SCHEMA}; upgrade nnato")
+    if kind is not None and header["kind"] != kind:
+        raise FileFormatError(f"{path} holds {header['kind']}, not {kind}")
+    return found, header
+
+
+def require(condition: bool, path: Path, what: str) -> None:
+    """Refuse a readable file whose contents do not fit together.
+
+    Raises:
+        FileFormatError: The condition does not hold.
+    """
+    if not condition:
+        raise FileFormatError(f"{path} is inconsistent: {what}; make it again")

@@ -1,0 +1,407 @@
+"""`ATOTrace`: read, save and patch residuals inside one nnsight trace. The only file that touches nnsight's inner parts.
+
+How it works. nnsight runs the block of a trace as a worker (a greenlet) beside the forward pass, and a worker can only wait for places
+the model has not passed. So every read and every edit gets a worker of its own, started from the block and placed before it in the
+interleaver's list. Workers parked at one place are served in list order: what is read before a patch is unpatched, what is read after
+it is patched, as the code reads, and sites may be named in any order until a value is used.
+
+The class is written so that nnsight can ship it to a server by value: no zero-argument `super()`, no dataclasses, no imports inside
+methods. Private names of nnsight used here (`Mediator`, `_reindex_parked`, `Mediator.pending`, `_batch_size`, `_batcher_class`, …)
+are those of nnsight 0.8; `tests/test_trace.py` holds them to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from types import CodeType
+from typing import Any
+
+with contextlib.suppress(ImportError, TypeError):
+    # nnsight mounts `.save` on `object`; anyio must have defined its classes before that, or it refuses to define them (TypeError, if the
+    # user imported nnsight first; then only nnsight's asynchronous backends are lost).
+    import anyio._backends._asyncio  # noqa: F401
+import nnsight
+import torch
+from greenlet import getcurrent
+from nnsight import TransformersModel, save
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+from nnsight.intervention.tracer import InterleavingTracer
+from nnsight.intervention.util import clear_shared_locals
+from nnsight.tracing.tracer import Tracer, _saves, mark, push_result
+from nnsight.tracing.util import push
+
+from nnato.errors import ModelError, PositionError, SiteError
+from nnato.sites import ResidualSite
+
+nnsight.register("nnato")  # so that nnsight ships this package's classes and functions by value
+
+__all__ = ["ATOTrace", "Residual", "TransformersModel", "find_blocks", "save"]
+
+Positions = int | slice | Sequence[int] | torch.Tensor | None
+
+
+class Residual(torch.Tensor):
+    """A residual that was asked for but not waited for; float, shape (batch, positions, d_model).
+
+    It is empty until its worker has read it. Any use of it in torch waits for that and goes on with plain tensors; after the trace it
+    is a plain tensor itself.
+    """
+
+    trace: ATOTrace
+    site: ResidualSite
+    value: torch.Tensor | None
+
+    @staticmethod
+    def ask(trace: ATOTrace, site: ResidualSite) -> Residual:
+        """A residual of this trace, not read yet."""
+        asked: Residual = torch.Tensor._make_subclass(Residual, torch.empty(0))
+        asked.trace, asked.site, asked.value = trace, site, None
+        return asked
+
+    def wait(self) -> torch.Tensor:
+        """The value; inside the trace this waits for the model to reach the site."""
+        if self.value is None:
+            if _worker() is None:
+                raise SiteError(f"residual {self.site} was never read: the forward pass did not reach it")
+            seen = self.trace._read(self.site)  # parks here; our own worker, earlier in the list, holds the value as asked for
+            if self.value is None:
+                self.value = seen
+        return self.value
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Wait, then call `func` on plain tensors."""
+        return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _plain(tree: Any) -> Any:
+    """The same structure with every `Residual` replaced by its tensor, waiting where needed."""
+    if type(tree) is Residual:
+        return tree.wait()
+    if type(tree) in (list, tuple):
+        return type(tree)([_plain(leaf) for leaf in tree])
+    if type(tree) is dict:
+        return {key: _plain(leaf) for key, leaf in tree.items()}
+    return tree
+
+
+def _has_residual(tree: Any) -> bool:
+    if type(tree) in (list, tuple):
+        return any(_has_residual(leaf) for leaf in tree)
+    if type(tree) is dict:
+        return any(_has_residual(leaf) for leaf in tree.values())
+    return type(tree) is Residual
+
+
+def _worker() -> Any:
+    """The Mediator whose code is running, or None outside a forward pass."""
+    reference = getattr(getcurrent(), "mediator", None)
+    return None if reference is None else reference()
+
+
+class ATOTrace(InterleavingTracer):  # type: ignore[misc]
+    """Reads and edits of residuals in one forward pass, or several.
+
+    With a prompt, the block runs beside one forward pass::
+
+        with ATOTrace(model, "The Eiffel Tower is in") as t:
+            x = t.residual(5).save()
+            t.patch(10, operator(t.residual(5)), positions=[3])
+            logits = t.logits.save()
+
+    Without one, the block is ordinary code that makes its own passes with `t.run`, or one batch out of `t.invoke` blocks::
+
+        with ATOTrace(model) as t:
+            results = nnsight.save([t.run(prompt, read=[5]) for prompt in prompts])
+
+    All of nnsight's idioms (`.save()`, other modules of the model, `t.stop()`) work inside. Interventions asked for before the block, or in
+    a block without a prompt, act on every pass in it.
+
+    Args:
+        model: What `load_model` returned, or any nnsight `TransformersModel`.
+        inputs: A prompt, prompts, or token ids, as nnsight takes them. Several prompts are padded on the left.
+        remote: False to run here; True, "local" or a URL as in nnsight's `trace`.
+        forward: Keyword arguments of the model's forward, e.g. `input_ids=`, `use_cache=False`.
+    """
+
+    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, **forward: Any) -> None:
+        backend = model._remote_backend(remote, True, None, False) if remote else None
+        InterleavingTracer.__init__(self, model, model._call, *inputs, backend=backend, **forward)
+        self.blocks_path, self.n_blocks, _ = find_blocks(model._module)
+        self.queue: list[tuple[str, tuple[Any, ...]]] = []
+        self.ran = False
+
+    # ---- reading -------------------------------------------------------------------------------------------------------
+
+    def residual(self, site: int | str | ResidualSite) -> torch.Tensor:
+        """The residual at a site, (batch, positions, d_model) in the model's dtype; waits for the model only when it is used.
+
+        Raises:
+            SiteError: The model has no such site, or no forward pass is running.
+            OutOfOrderError: A value from behind this site was already used in the block.
+        """
+        asked = Residual.ask(self, ResidualSite.parse(site, self.n_blocks))
+        if self._standing_at(asked.site):
+            asked.wait()
+        else:
+            self._start("asked.value = self._read(asked.site)", [asked.site], asked=asked)
+        return asked
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The model's logits, (batch, positions, vocabulary), after any final soft-cap; waits for the end of the pass."""
+        logits: torch.Tensor = self.envoy.output.logits
+        return logits
+
+    # ---- editing -------------------------------------------------------------------------------------------------------
+
+    def patch(self, site: int | str | ResidualSite, value: Any, positions: Positions = None) -> None:
+        """Replace the residual at some positions of a site.
+
+        Args:
+            site: Where.
+            value: A number; a tensor that broadcasts to (batch, chosen positions, d_model), or has all positions; a residual of this trace;
+                or a function of the current residual, whole, giving one of these.
+            positions: Which token positions; all by default. They count from the left of the padded batch, negative ones from its end.
+
+        Raises:
+            SiteError: The model has no such site.
+            PositionError: A position lies outside the sequence.
+            OutOfOrderError: A value from behind this site was already used in the block.
+        """
+        self._edit("_patch", [ResidualSite.parse(site, self.n_blocks)], value, positions)
+
+    def transport(
+        self,
+        operator: Callable[[torch.Tensor], torch.Tensor] | None,
+        source: int | str | ResidualSite,
+        target: int | str | ResidualSite,
+        positions: Positions = None,
+    ) -> None:
+        """Replace the residual at `target` by `operator` of the residual at `source` of the same pass and positions.
+
+        Args:
+            operator: A map of (…, d_model) to (…, d_model), e.g. a `TransportOperator`; None is the identity.
+            source: Where it reads.
+            target: Where it writes; behind `source`.
+            positions: As in `patch`.
+
+        Raises:
+            SiteError: A site does not exist, or the source lies behind the target.
+            PositionError: A position lies outside the sequence.
+            OutOfOrderError: A value from behind a site was already used in the block.
+        """
+        sites = [ResidualSite.parse(source, self.n_blocks), ResidualSite.parse(target, self.n_blocks)]
+        if sites[0] > sites[1]:
+            raise SiteError(f"transport {sites[0]}:{sites[1]}: the source must not lie behind the target")
+        self._edit("_transport", sites, operator, positions)
+
+    def resume(self, site: int | str | ResidualSite, value: torch.Tensor) -> None:
+        """Start the forward pass behind `site`: its residual is `value`, and the blocks up to it do not run.
+
+        The result is that of a full pass in which the residual at `site` was `value`, since a block reads nothing else of the earlier ones.
+
+        Args:
+            site: A block (not `embed`).
+            value: (batch, positions, d_model).
+
+        Raises:
+            SiteError: The block does not exist, or is `embed`.
+        """
+        last = ResidualSite.parse(site, self.n_blocks)
+        if last < 0:
+            raise SiteError("resume from 'embed' would skip nothing: use patch('embed', …)")
+        self._edit("_resume", [ResidualSite.EMBED, last], value)
+
+    def _edit(self, method: str, sites: list[ResidualSite], *arguments: Any) -> None:
+        call = (method, (*sites, *arguments))
+        if _worker() is None:
+            self.queue.append(call)
+        elif self._standing_at(sites[0]) and len(sites) == 1:
+            self._do(call)
+        else:
+            self._start("self._do(call)", sites, call=call)
+
+    def _do(self, call: tuple[str, tuple[Any, ...]]) -> None:
+        getattr(self, call[0])(*call[1])
+
+    def _patch(self, site: ResidualSite, value: Any, positions: Positions) -> None:
+        old = self._read(site)
+        new = _plain(value)
+        self._write(site, old, new(old) if callable(new) else new, positions)
+
+    def _transport(self, source: ResidualSite, target: ResidualSite, operator: Any, positions: Positions) -> None:
+        x = self._read(source)
+        if operator is not None:
+            # A server may run the block under autocast; switch it off around the mathematics, never around a read.
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                x = operator(x)
+        self._write(target, self._read(target), x, positions)
+
+    def _resume(self, _: ResidualSite, last: ResidualSite, value: torch.Tensor) -> None:
+        parameter = next(self.envoy._module.parameters())
+        value = value.to(parameter.device, parameter.dtype)
+        for block in range(last + 1):
+            self._block(ResidualSite(block)).skip(value)
+
+    # ---- the model -----------------------------------------------------------------------------------------------------
+
+    def _block(self, site: ResidualSite) -> Any:
+        return self.envoy.get(self.blocks_path)[max(int(site), 0)]
+
+    def _location(self, site: ResidualSite) -> str:
+        return str(self._block(site).path) + (".input" if site < 0 else ".output")
+
+    def _read(self, site: ResidualSite) -> torch.Tensor:
+        block = self._block(site)
+        value = block.input if site < 0 else block.output
+        found: torch.Tensor = value[0] if isinstance(value, tuple) else value
+        return found
+
+    def _write(self, site: ResidualSite, old: torch.Tensor, new: Any, positions: Positions) -> None:
+        edited = old.clone()
+        length = old.shape[1]
+        at = _index(positions, length)
+        if isinstance(new, torch.Tensor):
+            new = new.to(edited)
+            if new.dim() == 3 and new.shape[1] == length:
+                new = new[:, at]
+        edited[:, at] = new
+        block = self._block(site)
+        if site < 0:
+            block.input = edited
+        elif isinstance(block.output, tuple):
+            block.output = (edited, *block.output[1:])
+        else:
+            block.output = edited
+
+    # ---- workers -------------------------------------------------------------------------------------------------------
+
+    def _standing_at(self, site: ResidualSite) -> bool:
+        """Whether the block just used this residual, so that the model still waits there."""
+        me = _worker()
+        return me is not None and me.pending is not None and me.pending.provider == self._location(site)
+
+    def _start(self, code: str, sites: list[ResidualSite], **names: Any) -> None:
+        """Start a worker from inside the block, ahead of the block in the list and scoped to the same rows."""
+        me, interleaver = _worker(), self.envoy.interleaver
+        if me is None:
+            raise SiteError("a residual can only be read during a forward pass: give ATOTrace a prompt, or use t.run or t.invoke")
+        for site in sites:
+            if me.occurrence(self._location(site)) > 0:
+                raise OutOfOrderError(f"site {site} has already passed: a value from behind it was used before this line")
+        worker = Mediator(compile(code, "<nnato>", "exec"), {}, {**names, "self": self})
+        worker.batch_group = me.batch_group
+        interleaver.mediators.insert([other is me for other in interleaver.mediators].index(True), worker)
+        worker.start(interleaver)
+        interleaver._reindex_parked()
+
+    def _queued_workers(self) -> list[Mediator]:
+        return [Mediator(compile("self._do(call)", "<nnato>", "exec"), {}, {"self": self, "call": call}) for call in self.queue]
+
+    # ---- running -------------------------------------------------------------------------------------------------------
+
+    def run(self, *inputs: Any, read: Iterable[int | str | ResidualSite] = (), **forward: Any) -> dict[str, Any]:
+        """In a block without a prompt: one forward pass, under the interventions asked for so far.
+
+        Returns:
+            A dictionary: `logits`, (batch, positions, vocabulary), and `residuals`, by site as given, each (batch, positions, d_model).
+        """
+        if self.envoy.interleaver.mediators:
+            raise ValueError("use t.run or t.invoke in one ATOTrace, not both")
+        self.ran = True
+        inner = ATOTrace(self.envoy, *inputs, **forward)
+        inner.queue = self.queue
+        with inner:
+            residuals = {site: inner.residual(site) for site in read}
+            logits = inner.logits
+        return {"logits": logits, "residuals": residuals}
+
+    def invoke(self, *inputs: Any, **forward: Any) -> Any:
+        """One prompt of a batch, as nnsight's `invoke`. What was asked for before the first one acts on the whole batch."""
+        if not self.envoy.interleaver.mediators:
+            self.envoy.interleaver.mediators.extend(self._queued_workers())
+        return InterleavingTracer.invoke(self, *inputs, **forward)
+
+    def execute(self, code: CodeType) -> None:
+        """Run the captured block; called by nnsight where the model is."""
+        frame = self.info.frame
+        if self.envoy._batch_size(*self.args, **self.kwargs):
+            self.envoy.interleaver.mediators.extend(self._queued_workers())
+            InterleavingTracer.execute(self, code)
+        else:
+            self._execute_without_prompt(code)
+        # Residuals never leave the trace: the block's own names get plain tensors.
+        found = {name: value for name, value in dict(frame.f_locals).items() if name in code.co_names and _has_residual(value)}
+        for name, value in found.items():
+            tensors = _plain(value)
+            push(frame, {name: mark(tensors) if id(value) in _saves() else tensors})
+
+    def _execute_without_prompt(self, code: CodeType) -> None:
+        """Run the block as ordinary code, then the invokes it registered, as one batch.
+
+        Not left to `InterleavingTracer.execute`: in nnsight 0.8.0, which servers run, it does not hand back names bound outside an invoke.
+        """
+        interleaver = self.envoy.interleaver
+        self.batcher = self.envoy._batcher_class(self.envoy, self.kwargs)
+        try:
+            Tracer.execute(self, code)
+            workers = list(interleaver.mediators)
+            if workers:
+                self.envoy.interleave(self.fn, batcher=self.batcher, **self.kwargs)
+            elif not self.ran:
+                raise ValueError("ATOTrace without a prompt needs t.run(prompt) or `with t.invoke(prompt):` inside its block")
+            for worker in workers:
+                push_result(self.info.frame, worker.lcls.writes() if hasattr(worker.lcls, "writes") else worker.lcls)
+        finally:
+            interleaver.cancel()
+            clear_shared_locals()
+
+
+def _index(positions: Positions, length: int) -> Any:
+    """Checked positions as an index of the second dimension."""
+    if positions is None:
+        return slice(None)
+    if isinstance(positions, torch.Tensor):
+        if positions.dtype == torch.bool or positions.dim() > 1:
+            raise PositionError(f"positions of dtype {positions.dtype} and shape {tuple(positions.shape)}: give indices, not a mask")
+        positions = positions.tolist()
+    if isinstance(positions, slice):
+        positions = range(length)[positions]
+    chosen = [operator.index(positions)] if hasattr(positions, "__index__") else [operator.index(position) for position in positions]
+    if not chosen:
+        raise PositionError(f"positions {positions} name none of the {length} tokens")
+    for position in chosen:
+        if not -length <= position < length:
+            raise PositionError(f"position {position} lies outside the sequence of {length} tokens")
+    return chosen
+
+
+def find_blocks(module: torch.nn.Module) -> tuple[str, int, int]:
+    """Find the list of transformer blocks of a causal language model, in any architecture.
+
+    Returns:
+        Module path of the list, number of blocks, residual width.
+
+    Raises:
+        ModelError: There is no such list, or more than one.
+    """
+    config: Any = module.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    blocks, d_model = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if blocks is None or d_model is None:
+        raise ModelError(f"{type(module).__name__} does not say num_hidden_layers and hidden_size in its config")
+    lists = [
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == blocks and len({type(block) for block in child}) == 1
+    ]
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1:
+        raise ModelError(
+            f"{type(module).__name__} has {len(outermost)} lists of {blocks} blocks ({', '.join(outermost) or 'none'}); "
+            "nnato needs a decoder with exactly one"
+        )
+    return outermost[0], blocks, d_model

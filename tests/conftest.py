@@ -1,0 +1,169 @@
+"""Tiny random models of five architectures, a word-level tokenizer, and small texts: no hub, no downloads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from nnato.corpus import Corpus
+from nnato.models import wrap
+from nnato.storage import cache_dir
+
+VOCABULARY = 97
+WIDTH = 16
+BLOCKS = 4
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {"num_key_value_heads": 1, "head_dim": 8}
+ARCHITECTURES = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**COMMON, **GQA, sliding_window=16)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**COMMON, **GQA, sliding_window=16)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, **GQA)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=BLOCKS, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=2)
+    ),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**COMMON)),
+}
+
+
+def make_tokenizer(bos=True):
+    words = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCABULARY - 4)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def make_module(name, seed=0):
+    torch.manual_seed(seed)
+    module = ARCHITECTURES[name]()
+    with torch.no_grad():  # the default initialisation is so small that blocks hardly do anything
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def any_model(request, tokenizer):
+    return wrap(make_module(request.param), tokenizer)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return wrap(make_module("gemma2"), tokenizer)
+
+
+def random_words(rng, count):
+    return " ".join(f"w{i}" for i in rng.integers(0, VOCABULARY - 4, count))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """60 documents of 20 to 120 words, one .txt file each."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(60):
+        (folder / f"{number:03}.txt").write_text(random_words(rng, int(rng.integers(20, 120))))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(text):
+    return Corpus(str(text), context=32, per_document=None)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, tokenizer):
+    """A tiny Gemma 2 in a folder, as a user has one."""
+    folder = tmp_path_factory.mktemp("model")
+    make_module("gemma2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request, monkeypatch):
+    """Tiny models gain nothing from threads, and crawl when another process competes for the cores."""
+    if "model" not in request.keywords:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+    else:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request, tmp_path, monkeypatch):
+    """Tests keep out of the user's cache, except for the embedded models, which are slow to convert."""
+    if "model" in request.keywords:
+        models = cache_dir() / "models"
+        models.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "models").symlink_to(models)
+    monkeypatch.setenv("NNATO_CACHE", str(tmp_path / "cache"))
+
+
+def hook_residuals(module, ids, edits=()):
+    """Residuals of every block by plain forward hooks, and the logits: the independent reference. edits: {block: function}."""
+    blocks = next(m for n, m in module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
+    seen, handles = {}, []
+
+    def before(_, args, kwargs):
+        seen["embed"] = args[0] if args else kwargs["hidden_states"]
+
+    handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+    for number, block in enumerate(blocks):
+
+        def after(_, __, output, number=number):
+            value = output[0] if isinstance(output, tuple) else output
+            if number in dict(edits):
+                value = dict(edits)[number](value, seen)
+                output = (value, *output[1:]) if isinstance(output, tuple) else value
+            seen[number] = value
+            return output
+
+        handles.append(block.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            logits = module(input_ids=ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, logits

@@ -1,0 +1,263 @@
+"""Commands as a user types them: results, JSON contract, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from nnato.accumulation import FILE
+from nnato.cli import COMMANDS, main
+
+TEXT = ["--context", "32", "--per-document", "0", "--tokens", "100000"]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def check_envelope(result, model=True):
+    record = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert record["schema"] == 1
+    assert record["nnato"]
+    assert "seed" in record
+    assert "command" in record
+    if model:
+        assert record["model"]["d_model"] == 16
+        assert record["text"]["context"] == 32
+    return record["results"]
+
+
+@pytest.fixture
+def moments(saved_model, text, tmp_path):
+    out = tmp_path / "moments"
+    run("accumulate", saved_model, "--pairs", "0:2,1:3,embed:2", "--text", text, *TEXT, "--out", out)
+    return out
+
+
+def test_accumulate(saved_model, text, tmp_path):
+    result = run("accumulate", saved_model, "--sites", "0,2,embed", "--text", text, *TEXT, "--out", tmp_path / "m", "--json")
+    results = check_envelope(result)
+    assert results["sites"] == ["embed", 0, 2]
+    assert results["pairs"] == [["embed", 0], ["embed", 2], [0, 2]]
+    assert set(results["tokens"]) == {"train", "validation", "test"}
+    assert results["excluded_tokens"] == sum(results["excluded"].values())
+    assert results["bytes"] == (tmp_path / "m" / FILE).stat().st_size
+    again = run("accumulate", saved_model, "--sites", "0,2,embed", "--text", text, *TEXT, "--out", tmp_path / "m")
+    assert re.search(r"3 pairs in .*Next: nnato\s+fit", again.stdout, re.DOTALL)
+
+
+def test_leaps_name_the_pairs_that_exist(saved_model, text, tmp_path):
+    result = run("accumulate", saved_model, "--source", "1", "--leap", "1-9", "--text", text, *TEXT, "--out", tmp_path / "m", "--json")
+    assert check_envelope(result)["pairs"] == [[1, 2], [1, 3]]
+    fits = check_envelope(run("fit", tmp_path / "m", "--source", "1", "--leap", "1-9", "--json"))
+    assert [(fit["source"], fit["target"]) for fit in fits] == [(1, 2), (1, 3)]
+
+
+def test_fit(moments, tmp_path):
+    results = check_envelope(run("fit", moments, "--out", tmp_path / "operators", "--json"))
+    assert [(fit["source"], fit["target"]) for fit in results] == [("embed", 2), (0, 2), (1, 3)]
+    for fit in results:
+        assert set(fit["r2"]) == {"variance_weighted", "uniform", "whitened"}
+        assert set(fit["r2"]["uniform"]) == {"value", "low", "high"}
+        assert set(fit["baselines"]) == {"mean", "identity", "identity_shift", "shuffled"}
+        assert fit["alpha"] > 0
+        assert fit["rank"] == 16
+    assert sorted(os.listdir(tmp_path / "operators")) == ["0-2.safetensors", "1-3.safetensors", "embed-2.safetensors", "r2.png"]
+    table = run("fit", moments, "--pairs", "0:2", "--metric", "uniform", "--use-tokens", "all").stdout
+    assert "0 → 2" in table
+    assert "1 → 3" not in table
+    assert max(len(line) for line in table.splitlines() if not line.startswith("text:")) <= 80
+
+
+def test_ablate_with_an_operator(moments, saved_model, text, tmp_path):
+    run("fit", moments, "--out", tmp_path / "operators")
+    operator = tmp_path / "operators" / "0-2.safetensors"
+    options = ["--operator", operator, "--text", text, *TEXT, "--sequences", "4", "--positions", "3"]
+    result = run("ablate", *options, "--out", tmp_path / "out", "--json")
+    (results,) = check_envelope(result)
+    assert (results["source"], results["target"], results["sequences"], results["positions"]) == (0, 2, 4, "3")
+    assert json.loads(result.stdout)["text"]["source"] == str(text)
+    by_default = run("ablate", "--operator", operator, "--sequences", "4", "--positions", "3", "--json")
+    assert json.loads(by_default.stdout)["text"] == json.loads(result.stdout)["text"]  # the text it was fitted on
+    assert check_envelope(by_default) == [results]
+    other = text.parent / "other.jsonl"
+    lines = [json.dumps({"text": file.read_text() + " w1 w2 w3"}) for file in sorted(text.glob("*.txt"))]
+    other.write_text("\n".join(lines))
+    elsewhere = run("ablate", "--operator", operator, "--text", other, "--sequences", "4", "--positions", "3", "--json")
+    assert json.loads(elsewhere.stdout)["text"]["source"] == str(other)
+    assert list(results["interventions"]) == ["none", "transport", "identity", "mean", "zero", "null_input"]
+    transport = results["interventions"]["transport"]
+    assert set(transport["delta_loss"]) == {"value", "low", "high"}
+    assert {"log_perplexity", "kl", "loss_recovered_mean", "minus_transport"} <= set(transport)
+    assert json.loads((tmp_path / "out" / "ablation.json").read_text()) == [results]
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 1000
+    table = run("ablate", *options).stdout
+    assert "0 → 2: 3 random positions, 4 sequences" in table
+    assert max(len(line) for line in table.splitlines() if not line.startswith("text:")) <= 80
+
+
+def test_ablate_fits_what_it_needs_and_caches_it(saved_model, text, tmp_path):
+    options = ["--model", saved_model, "--pairs", "0:2", "--text", text, *TEXT, "--sequences", "3", "--json"]
+    first = check_envelope(run("ablate", *options))
+    cached = list((tmp_path / "cache" / "moments").glob(f"*/{FILE}"))
+    assert len(cached) == 1
+    stamp = cached[0].stat().st_mtime_ns
+    assert check_envelope(run("ablate", *options)) == first
+    assert cached[0].stat().st_mtime_ns == stamp
+
+
+def test_info(moments, saved_model, tmp_path):
+    record = check_envelope(run("info", moments, "--json"))
+    assert record["kind"] == "moments"
+    assert record["cursor"] == record["batches"]
+    run("fit", moments, "--pairs", "0:2", "--out", tmp_path / "o")
+    operator = json.loads(run("info", tmp_path / "o" / "0-2.safetensors", "--json").stdout)["results"]
+    assert operator["kind"] == "operator"
+    model = json.loads(run("info", saved_model, "--json").stdout)["results"]
+    assert (model["blocks"], model["default_pairs"]) == (4, ["2:3"])
+    assert "Gemma2ForCausalLM" in run("info", saved_model).stdout
+
+
+def test_demo(saved_model, text, tmp_path, monkeypatch):
+    from nnato import accumulation
+    from nnato.corpus import Corpus
+
+    monkeypatch.setattr(accumulation, "default_corpus", lambda info: Corpus(str(text), context=32, per_document=None))
+    monkeypatch.setattr("nnato.cli.demo.SEQUENCES", 4)
+    out = tmp_path / "demo"
+    results = check_envelope(run("demo", "--model", saved_model, "--out", out, "--json"))
+    assert {path.name for path in out.iterdir()} == {"r2.png", "ablation.png", "results.json"}
+    assert json.loads((out / "results.json").read_text()) == results
+    assert len(results["fit"]) == 6
+    text_output = run("demo", "--model", saved_model, "--out", out).stdout
+    assert "R² on test documents" in text_output
+    assert "recov." in text_output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    output = run(command, "--help").stdout
+    assert "Usage" in output
+    assert "\\b" not in output
+
+
+def test_help_lists_commands_and_version():
+    output = run("--help").stdout
+    assert all(command in output for command in COMMANDS)
+    assert "nnato" in run("--version").stdout
+    assert "No such command" in run("nothing", code=2).output
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["accumulate", "nothing"], "no model 'nothing'"),
+        (["accumulate", "MODEL", "--sites", "9"], "site 9 does not exist: the model has blocks 0 … 3"),
+        (["accumulate", "MODEL", "--sites", "1"], "a pair needs two sites"),
+        (["accumulate", "MODEL", "--pairs", "2:1"], "pair 2:1: the source must come before the target"),
+        (["accumulate", "MODEL", "--pairs", "1"], "'1' is not a pair"),
+        (["accumulate", "MODEL", "--source", "1"], "--source and --leap belong together"),
+        (["accumulate", "MODEL", "--pairs", "0:1", "--leap", "1"], "not both"),
+        (["accumulate", "MODEL", "--pairs", "0:1", "--sites", "1"], "not both"),
+        (["accumulate", "MODEL", "--text", "nowhere"], "no text 'nowhere'"),
+        (["accumulate", "MODEL", "--context", "2"], "context 2: a block needs at least 8 tokens"),
+        (["fit", "nothing"], "nothing does not exist"),
+        (["fit", "MODEL"], "does not exist or is not a file"),
+        (["ablate", "--positions", "x"], "positions 'x': give a number to draw"),
+        (
+            ["ablate", "--model", "MODEL", "--positions", "31", *TEXT],
+            "31 positions were asked for, but of 32 tokens at most 30 can be edited",
+        ),
+        (["ablate", "--model", "MODEL", "--positions", "0,5", *TEXT], "position 0 cannot be edited"),
+        (["ablate", "--positions", "²"], "positions '²': give a number to draw"),
+        (["ablate", "--model", "MODEL", "--sequences", "1", *TEXT, "--text", "TEXT"], "1 sequences: an interval needs at least 2"),
+        (["ablate", "--model", "MODEL", "--sequences", "999", *TEXT, "--text", "TEXT"], "999 sequences of 32 tokens were asked for"),
+        (["ablate", "--model", "MODEL", "--device", "gpu7"], "device 'gpu7' cannot be used"),
+        (["ablate", "--model", "MODEL", "--context", "513", "--text", "TEXT"], "context 513: the model takes at most 512 tokens"),
+        (["ablate", "--interventions", "transport,noise"], "unknown intervention 'noise'"),
+        (["ablate", "--operator", "none.safetensors"], "none.safetensors does not exist"),
+        (["ablate", "--operator", "x", "--pairs", "0:1"], "give --operator or pairs, not both"),
+        (["ablate", "--model", "MODEL", "--pairs", "3:3"], "the source must come before the target"),
+        (["info", "nothing"], "no model 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, saved_model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(saved_model), "TEXT": str(text)}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    if arguments[0] == "accumulate" and "--text" not in arguments:
+        arguments += ["--text", str(text)]
+    result = run(*arguments, code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stdout == ""
+    assert not list((tmp_path / "cache").rglob(FILE))  # refused before the long part
+
+
+def test_unwritable_output_is_refused_first(saved_model, moments, tmp_path):
+    blocker = tmp_path / "blocker"
+    blocker.touch()
+    for arguments in (["accumulate", "nothing"], ["fit", moments], ["ablate", "--model", "nothing"], ["demo", "--model", "nothing"]):
+        result = run(*arguments, "--out", blocker / "x", code=1)
+        assert "cannot write to" in result.stderr
+
+
+def test_moments_of_another_width_are_refused(moments, tmp_path, text, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "wide"
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run("fit", moments, "--out", tmp_path / "o")
+    result = run("ablate", "--operator", tmp_path / "o" / "0-2.safetensors", "--model", folder, "--text", text, *TEXT, code=2)
+    assert "maps width 16 to 16" in result.stderr
+    result = run("accumulate", folder, "--pairs", "0:2", "--text", text, *TEXT, "--out", moments, code=2)
+    assert "holds moments of another model" in result.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_checkpoints_and_says_so(saved_model, text, tmp_path):
+    command = [sys.executable, "-c", "from nnato.cli import main; main()", "accumulate", str(saved_model), "--text", str(text), *TEXT]
+    command += ["--out", str(tmp_path / "m"), "--batch-size", "1", "--checkpoint-every", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"NNATO_CACHE": str(tmp_path)})
+    while not (tmp_path / "m" / FILE).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted: what was checkpointed is kept" in stderr
+    cursor = json.loads(run("info", tmp_path / "m", "--json").stdout)["results"]["cursor"]
+    assert cursor >= 1
+    run("accumulate", saved_model, "--text", text, *TEXT, "--out", tmp_path / "m", "--batch-size", "1", "--checkpoint-every", "1")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_ablate_on_the_embedded_model(tmp_path):
+    """The main job on real weights: transport beats every reference, with intervals apart (small text, few sequences)."""
+    out = run(
+        "ablate", "--pairs", "12:17", "--tokens", "12000", "--sequences", "6", "--interventions", "transport,identity,mean,zero", "--json"
+    )
+    (result,) = json.loads(out.stdout)["results"]
+    effects = result["interventions"]
+    transport = effects["transport"]["delta_loss_at_edit"]
+    for name in ("identity", "mean", "zero"):
+        assert effects[name]["delta_loss_at_edit"]["low"] > transport["high"]
+        assert effects[name]["minus_transport"]["low"] > 0
+    assert effects["none"]["log_perplexity"] < 4.5

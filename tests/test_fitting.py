@@ -1,0 +1,173 @@
+"""From residuals to judged operators: end to end against scikit-learn on materialised activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCKS, WIDTH
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+
+from nnato.accumulation import Accumulated, TokenClasses, accumulate, capture
+from nnato.corpus import Corpus
+from nnato.errors import MomentsError, SiteError
+from nnato.fitting import fit, operator_file
+from nnato.metrics import METRICS
+from nnato.moments import TransportMoments
+from nnato.operators import TransportOperator
+from nnato.ridge import KAPPAS
+from nnato.sites import ResidualSite
+from nnato.statistics import ResidualBatch
+
+S, T = ResidualSite(1), ResidualSite(3)
+
+
+@pytest.fixture
+def accumulated(model, corpus):
+    return accumulate(model, corpus, [(0, 2), (0, 3), (1, 3)])
+
+
+def materialise(model, corpus, tokens):
+    """Rows of ordinary (or all) tokens by split, kept in memory."""
+    blocks, classes = corpus.tokenize(model.tokenizer), TokenClasses()
+    sites = [ResidualSite(site) for site in range(BLOCKS)]
+    rows: dict[str, list[torch.Tensor]] = {}
+    for numbers in blocks.plan(8):
+        batch = blocks.batch(numbers)
+        residuals = capture(model, batch.ids, sites)
+        ordinary = classes.ordinary(batch, residuals)
+        rows.setdefault(batch.split, []).append(residuals[:, ordinary if tokens == "ordinary" else batch.mask].double())
+    return {split: torch.cat(value, dim=1).numpy() for split, value in rows.items()}
+
+
+@pytest.mark.parametrize("tokens", ["ordinary", "all"])
+@pytest.mark.parametrize("metric", ["variance_weighted", "uniform"])
+def test_fit_equals_scikit_learn_on_materialised_activations(model, corpus, accumulated, metric, tokens):
+    data = materialise(model, corpus, tokens)
+    name = {"uniform": "uniform_average"}.get(metric, metric)
+    for result in fit(accumulated, metric=metric, tokens=tokens):
+        s, t = (int(site) for site in result.operator.pair)
+        unit = np.square(data["train"][s] - data["train"][s].mean(0)).sum() / WIDTH
+        fits = [Ridge(alpha=kappa * unit, solver="svd").fit(data["train"][s], data["train"][t]) for kappa in KAPPAS]
+        scores = [r2_score(data["validation"][t], one.predict(data["validation"][s]), multioutput=name) for one in fits]
+        best = fits[int(np.argmax(scores))]
+        assert result.kappa == KAPPAS[int(np.argmax(scores))]
+        assert np.abs(result.operator.weight.numpy() - best.coef_.T).max() <= 1e-8 * np.abs(best.coef_).max()
+        predicted = best.predict(data["test"][s])
+        for key, multioutput in (("uniform", "uniform_average"), ("variance_weighted", "variance_weighted")):
+            y = data["test"][t]
+            assert result.r2[key] == pytest.approx(r2_score(y, predicted, multioutput=multioutput), abs=1e-9)
+            x = data["test"][s]
+            shift = data["train"][t].mean(0) - data["train"][s].mean(0)
+            assert result.baselines["identity"][key] == pytest.approx(r2_score(y, x, multioutput=multioutput), abs=1e-9)
+            assert result.baselines["identity_shift"][key] == pytest.approx(r2_score(y, x + shift, multioutput=multioutput), abs=1e-9)
+            mean = np.broadcast_to(data["train"][t].mean(0), y.shape)
+            assert result.baselines["mean"][key] == pytest.approx(r2_score(y, mean, multioutput=multioutput), abs=1e-9)
+        error, baseline = np.square(y - predicted).sum(), np.square(y - x - shift).sum()
+        assert result.skill_over_identity["variance_weighted"] == pytest.approx(1 - error / baseline, abs=1e-9)
+
+
+def test_both_numbers_are_given(accumulated):
+    ordinary, everything = fit(accumulated), fit(accumulated, tokens="all")
+    for one, other in zip(ordinary, everything, strict=True):
+        assert one.r2_all_tokens == pytest.approx(other.r2, abs=1e-12)
+        assert other.r2_all_tokens == other.r2
+        assert one.r2 != other.r2
+
+
+def planted(mix, noise, documents=60, length=40, seed=0, outlier=None):
+    """Moments of residuals with a planted map from site 1 to site 3."""
+    moments = TransportMoments([(S, T)], WIDTH)
+    generator = torch.Generator().manual_seed(seed)
+    for number, split in enumerate(["train"] * documents + ["validation"] * 20 + ["test"] * 20):
+        x = torch.randn(2, length, WIDTH, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, WIDTH, dtype=torch.float64)
+        y = x @ mix + noise * torch.randn(2, length, WIDTH, generator=generator, dtype=torch.float64)
+        ordinary = torch.ones(2, length, dtype=torch.bool)
+        if outlier is not None:
+            x[:, 0], y[:, 0] = outlier, outlier
+            ordinary[:, 0] = False
+        moments.update(ResidualBatch(torch.stack([x, y]), (S, T), ordinary, ~ordinary, torch.tensor([2 * number, 2 * number + 1]), split))
+    rows = {split: group.n for (split, name), group in moments.groups.items() if name == "ordinary"}
+    return Accumulated(moments, {"name": "planted"}, {}, rows, {}, {}, {}, {})
+
+
+def test_a_planted_map_is_found():
+    mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    result = fit(planted(mix, 1e-3, documents=240))[0]
+    assert result.r2["variance_weighted"] > 0.9999
+    torch.testing.assert_close(result.operator.weight, mix, atol=5e-3, rtol=0)
+    assert abs(result.baselines["shuffled"]["variance_weighted"]) <= 0.01
+
+
+def test_the_identity_is_credited_to_the_identity():
+    result = fit(planted(torch.eye(WIDTH, dtype=torch.float64), 0.1))[0]
+    assert result.baselines["identity"]["variance_weighted"] > 0.9
+    assert abs(result.skill_over_identity["variance_weighted"]) < 0.02
+
+
+def test_independent_residuals_are_not_predicted():
+    result = fit(planted(torch.zeros(WIDTH, WIDTH, dtype=torch.float64), 1.0))[0]
+    for metric in METRICS:
+        assert abs(result.r2[metric]) <= 0.01
+        assert abs(result.baselines["shuffled"][metric]) <= 0.01
+
+
+def test_one_huge_token_a_sequence_fakes_r2_only_when_asked_for():
+    """METHODS acceptance 26: a constant token of norm 1e4 a sequence; independent residuals otherwise."""
+    zero = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    plain = fit(planted(zero, 1.0))[0]
+    with_outlier = fit(planted(zero, 1.0, outlier=1e4 / WIDTH**0.5))[0]
+    assert abs(with_outlier.r2["variance_weighted"] - plain.r2["variance_weighted"]) < 1e-3 + abs(plain.r2["variance_weighted"])
+    assert with_outlier.r2["variance_weighted"] <= 0.02
+    assert with_outlier.r2_all_tokens["variance_weighted"] > 0.99
+
+
+def test_operators_carry_their_origin(accumulated, tmp_path):
+    result = fit(accumulated, [(0, 2)])[0]
+    file = operator_file(tmp_path, result.operator.pair)
+    assert file.name == "0-2.safetensors"
+    details = TransportOperator.load(result.operator.save(file)).details
+    assert details["model"] == accumulated.model
+    assert details["text"] == accumulated.text
+    assert details["training_tokens"] == accumulated.tokens["train"]
+    assert details["provenance"]["nnato"]
+    assert (details["kappa"], details["selection_metric"], details["tokens"]) == (result.kappa, "variance_weighted", "ordinary")
+
+
+def test_splits_with_too_few_tokens_are_refused(accumulated):
+    for n in (0, 1):
+        accumulated.moments.groups["validation", "ordinary"].n = n
+        with pytest.raises(MomentsError, match=f"the validation split holds {n} ordinary token: accumulate more text"):
+            fit(accumulated)
+
+
+def test_targets_that_do_not_vary_are_refused(accumulated):
+    accumulated.moments.groups["test", "ordinary"].scatter.zero_()
+    with pytest.raises(MomentsError, match="the held-out residuals of the target do not vary"):
+        fit(accumulated)
+
+
+def test_progress_counts_pairs(accumulated):
+    told = []
+    fit(accumulated, progress=lambda *step: told.append(step))
+    assert told == [("fitting operators", done, 3) for done in (0, 2, 3)]
+
+
+def test_bad_requests_are_refused(accumulated):
+    with pytest.raises(MomentsError, match="unknown metric 'r2'"):
+        fit(accumulated, metric="r2")
+    with pytest.raises(MomentsError, match="do not hold the pair 1:2; they hold 0:2, 0:3, 1:3"):
+        fit(accumulated, [(1, 2)])
+    with pytest.raises(SiteError, match="the source must come before the target"):
+        fit(accumulated, [(2, 2)])
+    with pytest.raises(MomentsError, match="give positive numbers"):
+        fit(accumulated, kappas=(0.0,))
+    with pytest.raises(MomentsError, match="use 'ordinary' or 'all'"):
+        fit(accumulated, tokens="some")
+
+
+def test_batches_of_one_block_have_no_shuffled_baseline(model, corpus):
+    result = accumulate(model, Corpus(corpus.source, context=32, per_document=None), [(0, 2)], batch_size=1)
+    assert result.moments.shuffled.n == 0  # batches of one block have no partner
+    assert "shuffled" not in fit(result)[0].baselines

@@ -1,0 +1,110 @@
+"""The package as a whole: lazy import, one-way rooms, documented names."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnato
+
+ROOT = Path(nnato.__file__).parent
+ROWS = [
+    {"errors"},
+    {"sites", "storage"},
+    {"embedded", "corpus"},
+    {"trace", "statistics"},
+    {"models", "moments"},
+    {"accumulation", "linalg"},
+    {"metrics"},
+    {"ridge", "operators"},
+    {"fitting", "edits"},
+    {"perplexity"},
+    {"plots"},
+    {"cli"},
+]
+
+
+def imports(path):
+    """nnato modules that a file imports, anywhere but for type checking."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in skipped and (node.module or "").startswith("nnato."):
+            yield node.module.split(".")[1]
+
+
+def test_rooms_import_only_from_rows_above():
+    rank = {name: number for number, row in enumerate(ROWS) for name in row}
+    files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT]
+    assert {path.stem if path.parent == ROOT else "cli" for path in files} == set(rank)
+    for path in files:
+        name = path.stem if path.parent == ROOT else "cli"
+        for imported in imports(path):
+            assert rank[imported] < rank[name] or imported == name == "cli", f"{name} imports {imported}"
+
+
+def test_importing_nnato_loads_nothing_heavy():
+    heavy = ["torch", "nnsight", "sae_lens", "transformers", "numpy", "datasets", "matplotlib", "rich"]
+    code = f"import sys, nnato; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("first", ["nnsight", "nnato.trace"])
+def test_nnsight_may_be_imported_before_or_after(first):
+    code = f"import {first}, nnsight, nnato.trace; print(nnato.ATOTrace.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ATOTrace\n"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom nnato.cli import main\nmain(['--help'], standalone_mode=False)\n"
+        "assert not {'torch', 'nnsight', 'numpy', 'rich'} & set(sys.modules), 'heavy'"
+    )
+    assert "nnato demo" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_public_names_exist_and_are_documented():
+    assert len(nnato.__all__) == len(set(nnato.__all__))
+    assert dir(nnato) == sorted(nnato.__all__)
+    for name in nnato.__all__:
+        value = getattr(nnato, name)
+        if name == "__version__":
+            continue
+        assert inspect.getdoc(value), name
+        members = inspect.getmembers(value, lambda m: inspect.isfunction(m) or isinstance(m, property)) if inspect.isclass(value) else []
+        for member, function in members:
+            if not member.startswith("_") and getattr(function, "__module__", "nnato").startswith("nnato"):
+                assert inspect.getdoc(function), f"{name}.{member}"
+    with pytest.raises(AttributeError, match="module 'nnato' has no attribute 'nothing'"):
+        nnato.nothing  # noqa: B018
+
+
+def test_functions_are_not_shadowed_by_modules():
+    """Importing nnato.x sets the attribute x of the package, so no module may be called like a public function."""
+    for path in ROOT.glob("*.py"):
+        assert path.stem not in nnato.__all__
+
+
+def test_version_is_that_of_the_distribution():
+    from importlib import metadata
+
+    assert nnato.__version__ == metadata.version("nnato")
+
+
+def test_no_asserts_and_no_pickle_in_the_package():
+    for path in ROOT.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), path

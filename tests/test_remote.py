@@ -1,0 +1,101 @@
+"""ATOTrace through the bytes of a request, in a process that has no nnato: what a server would do with it."""
+
+from __future__ import annotations
+
+import nnsight
+import pytest
+import torch
+from conftest import ARCHITECTURES, BLOCKS, WIDTH, hook_residuals, make_module, make_tokenizer
+from ndif_double import NdifDouble
+from nnsight.intervention.backends.remote import RemoteError
+from nnsight.modeling import huggingface
+
+from nnato.operators import TransportOperator
+from nnato.sites import ResidualSite
+from nnato.trace import ATOTrace, TransformersModel
+
+IDS = torch.tensor([[1, 8, 9, 30, 5, 7], [1, 40, 41, 6, 90, 11]])
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def served(request, tmp_path_factory):
+    """A weightless model here, its weights in a server process, and the same module here for the reference."""
+    folder = str(tmp_path_factory.mktemp(request.param))
+    module = make_module(request.param)
+    module.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    server = NdifDouble(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setitem(huggingface._ID_CACHE, folder, folder)
+    patch.setattr(TransformersModel, "_remote_backend", lambda self, *arguments: server.backend(self))
+    model = TransformersModel(folder, task="text-generation", tokenizer=make_tokenizer())
+    assert next(model._module.parameters()).device.type == "meta"
+    yield model, module, server
+    patch.undo()
+    server.close()
+
+
+def test_reads_and_patches_in_any_order(served):
+    model, module, _ = served
+    matrix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / 4
+
+    def move(value, seen):
+        value = value.clone()
+        value[:, 2] = (seen[0] @ matrix)[:, 2]
+        return value
+
+    seen, want = hook_residuals(module, IDS, {2: move}.items())
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        late = t.residual(BLOCKS - 1).save()
+        embed = t.residual("embed").save()
+        t.patch(2, t.residual(0) @ matrix, positions=[2])
+        logits = t.logits.save()
+    for got, reference in ((late, seen[BLOCKS - 1]), (embed, seen["embed"]), (logits, want)):
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, reference, atol=1e-5, rtol=0)
+
+
+def test_an_operator_travels_without_its_package(served):
+    model, module, server = served
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,))]
+    operator = TransportOperator(ResidualSite(0), ResidualSite(2), *tensors, details={"secret": "stays here"})
+
+    def move(value, seen):
+        value = value.clone()
+        value[:, [2, 3]] = operator(seen[0])[:, [2, 3]]
+        return value
+
+    _, want = hook_residuals(module, IDS, {2: move}.items())
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        t.transport(operator, 0, 2, positions=[2, 3])
+        first = t.logits.save()
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        t.patch(2, operator(t.residual(0)), positions=[2, 3])
+        second = t.logits.save()
+    torch.testing.assert_close(first, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(second, want, atol=1e-5, rtol=0)
+    assert server.sent < 50_000
+
+
+def test_runs_and_resumption(served):
+    model, module, _ = served
+    seen, logits = hook_residuals(module, IDS)
+    with ATOTrace(model, remote=True) as t:
+        t.transport(None, 1, 1)
+        results = nnsight.save([t.run(input_ids=IDS[:1], read=[1]), t.run(input_ids=IDS[1:], read=[1])])
+    for row, result in enumerate(results):
+        torch.testing.assert_close(result["logits"][0], logits[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(result["residuals"][1][0], seen[1][row], atol=1e-5, rtol=0)
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        t.resume(1, seen[1])
+        resumed = t.logits.save()
+    torch.testing.assert_close(resumed, logits, atol=1e-5, rtol=0)
+
+
+def test_errors_in_the_block_say_what_they_are(served):
+    model, _, _ = served
+    with pytest.raises(RemoteError, match="PositionError: position 99 lies outside the sequence of 6 tokens"):  # noqa: SIM117
+        with ATOTrace(model, input_ids=IDS, remote=True) as t:
+            t.patch(1, 0.0, positions=[99])
+            t.logits.save()

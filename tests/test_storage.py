@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nnato.errors import FileFormatError, OutputError
+from nnato.storage import SCHEMA, atomic, cache_dir, prepare_cache, prepare_folder, read_artifact, read_metadata, write_artifact
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.zeros(0, dtype=torch.float64)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_artifact(path, "thing", TENSORS, {"n": 3, "name": "é"})
+    return path
+
+
+def test_round_trip(file):
+    tensors, metadata = read_artifact(file, "thing")
+    assert all(torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in TENSORS)
+    assert metadata == {"schema": SCHEMA, "kind": "thing", "n": 3, "name": "é"}
+    assert read_metadata(file) == metadata
+    assert os.listdir(file.parent) == ["x.safetensors"]
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileFormatError, match=r"nothing\.safetensors does not exist"):
+        read_metadata(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileFormatError, match="is not a file"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 30, -1])
+def test_truncated_files(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(FileFormatError, match="is damaged or not a safetensors file"):
+        read_artifact(file, "thing")
+
+
+@pytest.mark.parametrize("contents", [b"hello, world, this is no tensor file", b"\x80\x04\x95pickle?", struct.pack("<Q", 2**60) + b"{}"])
+def test_other_files(file, contents):
+    file.write_bytes(contents)
+    with pytest.raises(FileFormatError, match="is damaged or not a safetensors file"):
+        read_metadata(file)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"nnato": "[]"}, {"nnato": '{"schema": "1", "kind": "x"}'}, {"nnato": "{}"}])
+def test_foreign_files(file, metadata):
+    save_file(TENSORS | {"a": TENSORS["a"].contiguous()}, file, metadata)
+    with pytest.raises(FileFormatError, match="is a safetensors file, but not one of nnato's"):
+        read_metadata(file)
+
+
+def test_metadata_that_is_no_json(file):
+    save_file({}, file, {"nnato": "{"})
+    with pytest.raises(FileFormatError, match="is damaged"):
+        read_metadata(file)
+
+
+def test_future_schemas(file):
+    save_file({}, file, {"nnato": json.dumps({"schema": SCHEMA + 1, "kind": "thing"})})
+    with pytest.raises(FileFormatError, match=f"has schema {SCHEMA + 1}, this nnato reads up to {SCHEMA}; upgrade nnato"):
+        read_artifact(file, "thing")
+
+
+def test_other_kinds(file):
+    with pytest.raises(FileFormatError, match="holds thing, not operator"):
+        read_artifact(file, "operator")
+
+
+def test_a_failed_write_replaces_nothing_and_leaves_nothing(file):
+    before = file.read_bytes()
+
+    def fail():
+        with atomic(file) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left on device; nothing was replaced"):
+        fail()
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_orphans_of_killed_processes_are_removed(file):
+    process = os.fork()
+    if process == 0:
+        os._exit(0)
+    os.waitpid(process, 0)
+    orphan = file.with_name(f".{file.name}.{process}.tmp")
+    orphan.write_bytes(b"half")
+    mine = file.with_name(f".{file.name}.{os.getppid()}.tmp")
+    mine.write_bytes(b"being written")
+    write_artifact(file, "thing", TENSORS, {})
+    assert not orphan.exists()
+    assert mine.exists()
+
+
+def test_folders_that_cannot_be_written_to(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    with pytest.raises(OutputError, match="cannot write to .*; choose another folder with --out"):
+        prepare_folder(blocker / "below")
+    with pytest.raises(OutputError, match="cannot write to /proc"):
+        prepare_folder(Path("/proc/nnato"))
+
+
+def test_a_cache_that_cannot_be_written_to_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NNATO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="set NNATO_CACHE to a folder"):
+        prepare_cache("models")
+
+
+def test_cache_dir_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("NNATO_CACHE", "/a/b")
+    assert cache_dir() == Path("/a/b")
+    monkeypatch.delenv("NNATO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert cache_dir() == Path("/c/nnato")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "nnato"
