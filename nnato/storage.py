@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata as packages
@@ -77,12 +78,17 @@ def prepare_folder(folder: Path, remedy: str = "choose another folder with --out
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces `path` durably (fsync, rename, fsync of the folder).
 
+    The temporary lies in a folder of its own beside `path`: what writes there may leave temporaries of its own when it is killed, as
+    safetensors does, and they are found again with the folder.
+
     Raises:
         OutputError: The file could not be written; what was at `path` is untouched.
     """
-    _remove_orphans(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = scratch / path.name
     try:
+        _remove_orphans(path)
+        scratch.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -95,7 +101,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was replaced") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_orphans(path: Path) -> None:
@@ -103,7 +109,7 @@ def _remove_orphans(path: Path) -> None:
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):
         match = re.fullmatch(r".*\.(\d+)\.tmp", orphan.name)
         if match and not Path("/proc", match[1]).exists():
-            orphan.unlink(missing_ok=True)
+            shutil.rmtree(orphan, ignore_errors=True)
 
 
 def write_artifact(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
