@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnato.corpus import Corpus, TokenBatch, TokenBlocks
+from nnato.corpus import SPLITS, Corpus, TokenBatch, TokenBlocks
 from nnato.errors import ActivationError, FileFormatError, MomentsError, SiteError, TextError
 from nnato.models import ModelInfo, check_text, describe
 from nnato.moments import TransportMoments
 from nnato.sites import Pair, ResidualSite, default_pairs, default_sites, grid, make_pair
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
-from nnato.storage import SCHEMA, prepare_cache, prepare_folder, provenance, read_artifact, require, write_artifact
+from nnato.storage import SCHEMA, check_space, prepare_cache, prepare_folder, provenance, read_artifact, require, write_artifact
 from nnato.trace import ATOTrace, save
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Accumulated:
             moments=moments,
             model=metadata["model"],
             text=metadata["text"],
-            tokens={split: group.n for (split, name), group in moments.groups.items() if name == "ordinary"},
+            tokens={split: moments.tokens(split) for split in SPLITS},
             excluded=metadata["excluded"],
             sink_tokens=dict(sinks.most_common(10)),
             medians=metadata["medians"],
@@ -205,7 +205,7 @@ def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statisti
     excluded = tokens.mask.to(ordinary.device) & ~ordinary
     documents = tokens.documents.to(ordinary.device)
     try:
-        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split))
+        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold))
     except NonFinite as error:
         start = model.tokenizer.decode(tokens.ids[error.block][:12].tolist(), skip_special_tokens=True)
         raise ActivationError(
@@ -231,7 +231,8 @@ def accumulate(
         model: What `load_model` returned.
         corpus: The text, tokenised already or not; by default the embedded one, 80 tokens per dimension of the residual stream.
         pairs: (source, target) pairs; by default all pairs of about seven sites spread over the depth.
-        out: A folder. Checkpoints and the result go there, and the same call resumes or, when it is complete, only reads it.
+        out: A folder. Checkpoints and the result go there, and the same call resumes or, when it is complete, only reads it. Sums of folds
+            that are complete are then held on disk only.
         batch_size: Token blocks per forward pass. Another one gives the same moments to rounding only.
         checkpoint_every: Batches between checkpoints; what a crash can lose at most.
         device: Where the float64 sums are kept; by default where the model is. "cpu" spares the memory of a GPU.
@@ -329,8 +330,11 @@ def _run(
     progress: Progress | None,
 ) -> Accumulated:
     place = torch.device(device) if device is not None else next(model._module.parameters()).device
-    _check_memory(TransportMoments.bytes_for(pairs, info.d_model), place)
-    moments = TransportMoments(pairs, info.d_model, place)
+    everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"])
+    _check_memory(at_once if file is not None else everything, place)
+    if file is not None and not file.exists():
+        check_space(file.parent, everything, "ask for fewer sites, pairs or folds")
+    moments = TransportMoments(pairs, info.d_model, place, file.parent if file is not None else None)
     metadata = stream(
         model,
         blocks,
@@ -372,6 +376,7 @@ def load_moments(path: str | Path) -> Accumulated:
         "pairs",
         "d_model",
         "rows",
+        "files",
         "request",
         "cursor",
         "batches",
@@ -388,7 +393,7 @@ def load_moments(path: str | Path) -> Accumulated:
         )
     try:
         require(tensors["shuffled.scatter"].shape[1:] == (metadata["d_model"],) * 2, file, "the tensors have another width than d_model")
-        moments = TransportMoments((make_pair(*pair) for pair in metadata["pairs"]), metadata["d_model"])
+        moments = TransportMoments((make_pair(*pair) for pair in metadata["pairs"]), metadata["d_model"], folder=file.parent)
         moments.restore(tensors, metadata)
         return Accumulated.of(moments, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:

@@ -23,6 +23,8 @@ from nnato.errors import PositionError, TextError
 DEFAULT_TEXT = "python-docs"
 SPLITS = ("train", "validation", "test")
 FRACTIONS = (0.6, 0.2, 0.2)
+FOLDED = ("train", "test")
+"""Splits whose documents are divided into folds: for cross-validation, and for intervals."""
 PASSAGE = 4000
 """Characters from which a passage of a single .txt file, cut at blank lines, counts as a document of its own."""
 
@@ -39,6 +41,8 @@ class Corpus:
         tokens: Stop after the block with which this many tokens are reached; `None` reads everything.
         per_document: Take at most so many blocks of one document, so that a few long ones do not make up the text; `None` takes all.
         column: Name of the text field in `.jsonl` files and data sets.
+        folds: Parts into which the documents of the train and of the test split are divided. Moments are kept of each, for
+            cross-validation and for intervals over groups of documents; more folds give better intervals, and take more disk.
 
     A document always falls into the same split, in every corpus: its place is a hash of its text and nothing else. So what one run
     fitted on, no other run tests on.
@@ -49,6 +53,7 @@ class Corpus:
     tokens: int | None = None
     per_document: int | None = 2
     column: str = "text"
+    folds: int = 5
 
     def __post_init__(self) -> None:
         if self.per_document is not None and self.per_document < 1:
@@ -57,6 +62,8 @@ class Corpus:
             raise PositionError(f"context {self.context}: a block needs at least 8 tokens")
         if self.tokens is not None and self.tokens < 1:
             raise TextError(f"tokens {self.tokens}: ask for at least one")
+        if self.folds < 1:
+            raise TextError(f"folds {self.folds}: there is at least one")
 
     def documents(self) -> Iterator[str]:
         """The documents, in a fixed order.
@@ -101,11 +108,14 @@ class Corpus:
         body = self.context - len(prefix)
         spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the blocks
         digest = hashlib.blake2b(digest_size=16)
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         seen, tokens, documents, largest = 0, 0, 0, 0
         for text in self.documents():
             identity = _hash(text, "split")
             split = _split(identity)
+            document = identity & (2**63 - 1)
+            # The split looks at the leading bits of the hash, the fold at the trailing ones.
+            fold = document % self.folds if SPLITS[split] in FOLDED else 0
             ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
             for block, start in enumerate(range(0, len(ids), body)[: self.per_document]):
                 piece = np.array(prefix + ids[start : start + body], dtype=np.int32)
@@ -114,9 +124,9 @@ class Corpus:
                 if self.tokens is not None and tokens >= self.tokens:
                     break
                 spool.write(piece.tobytes())
-                digest.update(piece.tobytes() + bytes([split]))
+                digest.update(piece.tobytes() + b"%d,%d" % (split, fold))
                 largest = max(largest, int(piece.max()))
-                rows.append((seen, len(piece), split, identity & (2**63 - 1), _order(identity, block)))
+                rows.append((seen, len(piece), split, document, _order(identity, block), fold))
                 seen, tokens = seen + len(piece), tokens + len(piece)
             documents += 1
             if progress is not None:
@@ -124,7 +134,7 @@ class Corpus:
             if self.tokens is not None and tokens >= self.tokens:
                 break
         spool.flush()
-        index = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        index = np.array(rows, dtype=np.int64).reshape(-1, 6)
         counts = {name: int(index[index[:, 2] == code, 1].sum()) for code, name in enumerate(SPLITS)}
         if empty := [name for name, count in counts.items() if not count]:
             raise TextError(
@@ -149,6 +159,7 @@ class TokenBatch:
         special: bool (blocks, positions), true for special tokens (BOS, EOS, …).
         documents: int64 (blocks,), hash of the document each block comes from.
         split: `train`, `validation` or `test`.
+        fold: Fold of the split.
     """
 
     ids: torch.Tensor
@@ -156,18 +167,19 @@ class TokenBatch:
     special: torch.Tensor
     documents: torch.Tensor
     split: str
+    fold: int
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Tokenised text. The ids lie in an unnamed temporary file, so memory does not grow with them; 40 bytes per block do stay in memory.
+    """Tokenised text. The ids lie in an unnamed temporary file, so memory does not grow with them; 48 bytes per block do stay in memory.
 
     Attributes:
         spool: The file with all ids, int32.
-        index: int64 (blocks, 5): offset and length in tokens, split, document hash, place in the order of blocks.
+        index: int64 (blocks, 6): offset and length in tokens, split, document hash, place in the order of blocks, fold.
         special: bool (largest token id + 1,), true for special tokens.
         context: Tokens of a full block.
-        fingerprint: What identifies this text: its source, how it was cut, counts, and a digest of ids and splits.
+        fingerprint: What identifies this text: its source, how it was cut, counts, and a digest of ids, splits and folds.
     """
 
     spool: Any = field(repr=False)
@@ -177,15 +189,16 @@ class TokenBlocks:
     fingerprint: dict[str, Any]
 
     def plan(self, batch_size: int) -> list[np.ndarray]:
-        """Row numbers of each batch: splits in turn, long blocks first, blocks otherwise in an order drawn from document hashes.
+        """Row numbers of each batch: fold by fold, long blocks first, blocks otherwise in an order drawn from document hashes.
 
         So neighbours in a batch mostly come from different documents, and padding is rare.
         """
         batches = []
         for code in range(len(SPLITS)):
-            rows = np.flatnonzero(self.index[:, 2] == code)
-            rows = rows[np.lexsort((self.index[rows, 4], -self.index[rows, 1]))]
-            batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+            for fold in np.unique(self.index[self.index[:, 2] == code, 5]):
+                rows = np.flatnonzero((self.index[:, 2] == code) & (self.index[:, 5] == fold))
+                rows = rows[np.lexsort((self.index[rows, 4], -self.index[rows, 1]))]
+                batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         return batches
 
     def full_blocks(self, split: str, count: int) -> np.ndarray:
@@ -208,7 +221,7 @@ class TokenBlocks:
         return rows[np.argsort(turn, kind="stable")][:count]
 
     def batch(self, rows: Iterable[int]) -> TokenBatch:
-        """Read blocks of one split."""
+        """Read blocks of one fold."""
         index = self.index[np.asarray(rows, dtype=np.int64)]
         ids = torch.zeros(len(index), int(index[:, 1].max()), dtype=torch.int64)
         mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -216,7 +229,7 @@ class TokenBlocks:
             raw = os.pread(self.spool.fileno(), 4 * length, 4 * offset)
             ids[row, :length] = torch.from_numpy(np.frombuffer(raw, dtype=np.int32).astype(np.int64))
             mask[row, :length] = True
-        return TokenBatch(ids, mask, self.special[ids] & mask, torch.from_numpy(index[:, 3]), SPLITS[index[0, 2]])
+        return TokenBatch(ids, mask, self.special[ids] & mask, torch.from_numpy(index[:, 3]), SPLITS[index[0, 2]], int(index[0, 5]))
 
 
 # ---- hashing -----------------------------------------------------------------------------------------------------------

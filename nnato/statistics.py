@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class ResidualBatch:
-    """Residuals of one forward pass over some token blocks of one split.
+    """Residuals of one forward pass over some token blocks of one fold.
 
     Attributes:
         residuals: Float (sites, blocks, positions, d_model), in the model's dtype.
@@ -26,6 +26,7 @@ class ResidualBatch:
         excluded: bool (blocks, positions): real tokens that do not: special tokens, the first position, sinks (METHODS: token classes).
         documents: int64 (blocks,), hash of each block's document.
         split: `train`, `validation` or `test`.
+        fold: Fold of the split. All batches of a fold come in a row.
     """
 
     residuals: torch.Tensor
@@ -34,6 +35,7 @@ class ResidualBatch:
     excluded: torch.Tensor
     documents: torch.Tensor
     split: str
+    fold: int
 
     def check_finite(self) -> None:
         """Refuse a batch with a NaN or an infinity at a real token.

@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,22 @@ def prepare_folder(folder: Path, remedy: str = "choose another folder with --out
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
     return folder
+
+
+def check_space(folder: Path, needed: int, remedy: str) -> None:
+    """Refuse to begin what will not fit on a disk.
+
+    Args:
+        folder: Where it will be written.
+        needed: Bytes.
+        remedy: What to do otherwise.
+
+    Raises:
+        OutputError: There is too little space.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(f"{folder} has {free / 1e9:.1f} GB left, and {needed / 1e9:.1f} GB will be written: {remedy}")
 
 
 @contextlib.contextmanager
@@ -140,22 +156,35 @@ def read_metadata(path: Path, kind: str | None = None) -> Metadata:
     return _read(path, kind, tensors=False)[1]
 
 
-def read_artifact(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata]:
+def read_artifact(path: Path, kind: str, rows: Mapping[str, Sequence[int]] | None = None) -> tuple[dict[str, torch.Tensor], Metadata]:
     """Read an artefact of the given kind.
+
+    Args:
+        path: The file.
+        kind: What it must be.
+        rows: Of these tensors, only these entries of the first dimension are read.
 
     Raises:
         FileFormatError: As in `read_metadata`.
     """
-    return _read(path, kind, tensors=True)
+    return _read(path, kind, tensors=True, rows=rows or {})
 
 
-def _read(path: Path, kind: str | None, tensors: bool) -> tuple[dict[str, torch.Tensor], Metadata]:
+def _read(
+    path: Path, kind: str | None, tensors: bool, rows: Mapping[str, Sequence[int]] | None = None
+) -> tuple[dict[str, torch.Tensor], Metadata]:
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist or is not a file")
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("nnato", "null"))
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            found = {}
+            for name in file.keys() if tensors else ():
+                if rows and name in rows:
+                    entries = file.get_slice(name)
+                    found[name] = torch.cat([entries[row : row + 1] for row in rows[name]])
+                else:
+                    found[name] = file.get_tensor(name)
     except (SafetensorError, ValueError, OSError) as error:
         raise FileFormatError(f"{path} is damaged or not a safetensors file ({error}); make it again") from None
     if not isinstance(header, dict) or not isinstance(header.get("schema"), int) or "kind" not in header:

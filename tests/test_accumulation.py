@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -18,8 +19,8 @@ from conftest import BLOCKS, WIDTH, hook_residuals, make_module
 from safetensors import safe_open
 
 from nnato.accumulation import FILE, KIND, SINK_RATIO, TokenClasses, accumulate, accumulate_cached, default_pairs_of, load_moments
-from nnato.corpus import TokenBatch
-from nnato.errors import ActivationError, FileFormatError, MomentsError, SiteError, TextError
+from nnato.corpus import SPLITS, TokenBatch
+from nnato.errors import ActivationError, FileFormatError, MomentsError, OutputError, SiteError, TextError
 from nnato.models import describe, wrap
 from nnato.moments import Moments, TransportMoments
 from nnato.sites import ResidualSite
@@ -56,11 +57,13 @@ def reference_rows(model, corpus, batch_size):
 def test_moments_equal_a_hook_based_reference(any_model, corpus):
     result = accumulate(any_model, corpus, PAIRS, batch_size=5)
     want = reference_rows(any_model, corpus, 5)
-    assert {key: value.shape[1] for key, value in want.items()} == {key: group.n for key, group in result.moments.groups.items()}
-    for key, rows in want.items():
+    for (split, name), rows in want.items():
+        got = result.moments.of(split, "all" if name == "excluded" else "ordinary")
+        if name == "excluded":
+            rows = torch.cat([want[split, "ordinary"], rows], dim=1)
+        assert got.n == rows.shape[1]
         reference = Moments.of_pairs(result.moments.pairs, WIDTH)
         reference.update(rows)
-        got = result.moments.groups[key]
         # Float32 forward passes of other batch shapes differ in the last bits; the sums themselves are exact (test_moments).
         power = float(rows.square().sum(dim=1).max())
         torch.testing.assert_close(got.scatter, reference.scatter, rtol=1e-4, atol=1e-5 * power)
@@ -80,6 +83,7 @@ def test_sinks_are_found_at_any_site_and_counted():
         special=torch.tensor([[True] + [False] * 5]),
         documents=torch.tensor([3]),
         split="train",
+        fold=0,
     )
     classes = TokenClasses()
     assert classes.ordinary(tokens, residuals).tolist() == [[False, True, True, True, False, False]]
@@ -89,22 +93,28 @@ def test_sinks_are_found_at_any_site_and_counted():
     frozen = classes.medians.clone()
     classes.ordinary(tokens, residuals * 50)
     assert torch.equal(classes.medians, frozen)
-    plain = TokenBatch(tokens.ids, tokens.mask, torch.zeros_like(tokens.special), tokens.documents, "train")
+    plain = TokenBatch(tokens.ids, tokens.mask, torch.zeros_like(tokens.special), tokens.documents, "train", 0)
     assert TokenClasses().ordinary(plain, residuals).tolist() == [[False, True, True, True, False, False]]
 
 
 def test_no_activation_is_kept_on_disk(model, corpus, tmp_path):
     result = accumulate(model, corpus, PAIRS, out=tmp_path / "m")
-    with safe_open(tmp_path / "m" / FILE, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    blocks = len(result.moments.groups["train", "ordinary"].blocks)
-    assert set(shapes.values()) == {(2, 4, WIDTH), (blocks, WIDTH, WIDTH), (len(PAIRS), WIDTH, WIDTH)}
+    shapes = set()
+    for path in (tmp_path / "m").iterdir():
+        with safe_open(path, "pt") as file:
+            shapes |= {tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    blocks = len(result.moments.of("train").blocks)
+    assert shapes == {(2, 4, WIDTH), (blocks, WIDTH, WIDTH), (len(PAIRS), WIDTH, WIDTH)}
 
 
 def assert_same_bits(a, b):
-    left, right = a.moments.state(), b.moments.state()
-    assert left[1] == right[1]
-    assert all(torch.equal(left[0][name], right[0][name]) for name in left[0])
+    left, right = a.moments, b.moments
+    assert (left.pairs, left.d_model, left.rows) == (right.pairs, right.d_model, right.rows)
+    read = [[moments.of(split, "all") for split in SPLITS] + [moments.shuffled] for moments in (left, right)]
+    read = [parts + [m.of(s, folds=[f]) for s in SPLITS for f in m.folds(s)] for parts, m in zip(read, (left, right), strict=True)]
+    for one, other in zip(*read, strict=True):
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.scatter, other.scatter)
 
 
 def test_load_returns_what_was_accumulated(model, corpus, tmp_path):
@@ -195,7 +205,7 @@ def test_killed_at_random_times_and_resumed_to_the_same_bits(saved_model, text, 
     code, _ = run(tmp_path / "killed")
     assert code == 0
     assert_same_bits(load_moments(tmp_path / "killed"), load_moments(tmp_path / "whole"))
-    assert os.listdir(tmp_path / "killed") == [FILE]
+    assert sorted(os.listdir(tmp_path / "killed")) == sorted(os.listdir(tmp_path / "whole"))
 
 
 def test_files_of_another_request_are_refused(model, corpus, tokenizer, tmp_path):
@@ -221,12 +231,12 @@ def test_bad_activations_are_named_and_leave_the_checkpoint(model, corpus, tmp_p
         calls.append(1)
         if len(calls) == 4:
             output = output.clone()
-            output[2, 5, 7] = value
+            output[0, 5, 7] = value
         return output
 
     # Inside the block: nnsight reads a block's output before that block's own forward hooks.
     handle = model._module.model.layers[1].post_feedforward_layernorm.register_forward_hook(spoil)
-    message = rf"the residual is {value} in document {int(victim.documents[2]):016x} \(block starting 'w.*'\), position 5, site 1; nothing"
+    message = rf"the residual is {value} in document {int(victim.documents[0]):016x} \(block starting 'w.*'\), position 5, site 1; nothing"
     with pytest.raises(ActivationError, match=message):
         accumulate(model, corpus, [(0, 1), (0, 3)], out=tmp_path, batch_size=4, checkpoint_every=1)
     handle.remove()
@@ -257,6 +267,8 @@ def test_bad_requests_are_refused_before_work(model, corpus, tmp_path):
         {"pairs": [[2, 1]]},
         {"d_model": 10**6},
         {"rows": None},
+        {"files": None},
+        {"files": {"../x": 1}},
         {"sinks": [[1]]},
         {"excluded": None, "sinks": 3},
         {"provenance": None},
@@ -272,20 +284,75 @@ def test_moments_whose_metadata_do_not_fit_are_refused(model, corpus, tmp_path, 
         load_moments(tmp_path)
 
 
-def test_moments_that_do_not_fit_into_memory_are_refused_first(model, corpus, monkeypatch):
-    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model: 10**15))
+def test_moments_that_do_not_fit_into_memory_are_refused_first(model, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 10**14)))
     with pytest.raises(MomentsError, match=r"take 1000000.0 GB of memory, and cpu has .* GB: ask for fewer sites or pairs"):
         accumulate(model, corpus, PAIRS)
+    with pytest.raises(MomentsError, match=r"take 100000.0 GB of memory"):
+        accumulate(model, corpus, PAIRS, out=tmp_path)
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 1)))
+    with pytest.raises(OutputError, match=r"GB left, and 1000000.0 GB will be written: ask for fewer sites, pairs or folds"):
+        accumulate(model, corpus, PAIRS, out=tmp_path)
 
 
-def test_the_size_that_is_announced_is_the_size(model, corpus):
-    result = accumulate(model, corpus, PAIRS)
-    held = sum(group.scatter.numel() * 8 for group in [*result.moments.groups.values(), result.moments.shuffled])
-    assert TransportMoments.bytes_for(result.moments.pairs, WIDTH) == held
+def test_the_size_that_is_announced_is_the_size(model, corpus, tmp_path):
+    largest = 0
+
+    def watch(stage, done, total):
+        nonlocal largest
+        if stage == "forward passes" and (tmp_path / FILE).exists():
+            largest = max(largest, scatters(tmp_path / FILE))
+
+    def scatters(path):
+        with safe_open(path, "pt") as file:
+            return sum(8 * math.prod(file.get_slice(name).get_shape()) for name in file.keys() if name.endswith("scatter"))  # noqa: SIM118
+
+    moments = accumulate(model, corpus, PAIRS, out=tmp_path, checkpoint_every=1, progress=watch).moments
+    written = sum(scatters(path) for path in (tmp_path / FILE, *moments.files))
+    assert TransportMoments.bytes_for(moments.pairs, WIDTH, corpus.folds) == (written, largest)
+
+
+def test_folds_are_disjoint_sets_of_documents(model, corpus):
+    """Each fold holds the rows of its own documents, found here by their hash alone."""
+    moments = accumulate(model, corpus, PAIRS, batch_size=5).moments
+    blocks = corpus.tokenize(model.tokenizer)
+    for split in ("train", "test"):
+        of_split = blocks.index[blocks.index[:, 2] == SPLITS.index(split)]
+        assert moments.folds(split) == tuple(sorted({int(document) % corpus.folds for document in of_split[:, 3]}))
+        for fold in moments.folds(split):
+            lengths = of_split[of_split[:, 3] % corpus.folds == fold, 1]
+            assert 0.9 * (lengths - 1).sum() <= moments.of(split, folds=[fold]).n <= (lengths - 1).sum()
+    assert moments.folds("validation") == (0,)
+    whole = moments.of("train")
+    joined = moments.of("train", folds=moments.folds("train")[1:]).merge(moments.of("train", folds=moments.folds("train")[:1]))
+    torch.testing.assert_close(joined.scatter, whole.scatter, rtol=1e-12, atol=1e-12)
+
+
+def test_missing_and_foreign_parts_are_refused(model, corpus, tmp_path):
+    accumulate(model, corpus, PAIRS, out=tmp_path / "a")
+    moments = load_moments(tmp_path / "a").moments
+    with pytest.raises(MomentsError, match="the train split has no fold 9; it has 0, 1, 2, 3, 4"):
+        moments.of("train", folds=[0, 9])
+    with pytest.raises(MomentsError, match="folds are kept of ordinary tokens only"):
+        moments.of("train", "all", folds=[0])
+    part = tmp_path / "a" / "train.ordinary.1.safetensors"
+    other = (tmp_path / "a" / "train.ordinary.2.safetensors").read_bytes()
+    mine = part.read_bytes()
+    part.write_bytes(other)
+    with pytest.raises(MomentsError, match=r"train.ordinary.1.safetensors belongs to other moments"):
+        load_moments(tmp_path / "a")
+    with pytest.raises(MomentsError, match=r"train.ordinary.1.safetensors belongs to other moments"):
+        moments.of("train")
+    part.write_bytes(mine[:-8])
+    with pytest.raises(FileFormatError, match=r"train.ordinary.1.safetensors is damaged"):
+        moments.of("train")
+    part.unlink()
+    with pytest.raises(FileFormatError, match=r"train.ordinary.1.safetensors does not exist"):
+        load_moments(tmp_path / "a")
 
 
 def test_a_first_batch_of_special_tokens_is_refused():
-    tokens = TokenBatch(torch.ones(1, 3, dtype=torch.int64), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([1]), "train")
+    tokens = TokenBatch(torch.ones(1, 3, dtype=torch.int64), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([1]), "train", 0)
     with pytest.raises(TextError, match="holds special tokens and first positions only"):
         TokenClasses().ordinary(tokens, torch.ones(1, 1, 3, 4))
 

@@ -87,8 +87,10 @@ def planted(mix, noise, documents=60, length=40, seed=0, outlier=None):
         if outlier is not None:
             x[:, 0], y[:, 0] = outlier, outlier
             ordinary[:, 0] = False
-        moments.update(ResidualBatch(torch.stack([x, y]), (S, T), ordinary, ~ordinary, torch.tensor([2 * number, 2 * number + 1]), split))
-    rows = {split: group.n for (split, name), group in moments.groups.items() if name == "ordinary"}
+        moments.update(
+            ResidualBatch(torch.stack([x, y]), (S, T), ordinary, ~ordinary, torch.tensor([2 * number, 2 * number + 1]), split, 0)
+        )
+    rows = {split: moments.tokens(split) for split in ("train", "validation", "test")}
     return Accumulated(moments, {"name": "planted"}, {}, rows, {}, {}, {}, {})
 
 
@@ -136,14 +138,20 @@ def test_operators_carry_their_origin(accumulated, tmp_path):
 
 
 def test_splits_with_too_few_tokens_are_refused(accumulated):
-    for n in (0, 1):
-        accumulated.moments.groups["validation", "ordinary"].n = n
-        with pytest.raises(MomentsError, match=f"the validation split holds {n} ordinary token: accumulate more text"):
+    for n, message in (
+        (1, "the validation split holds 1 ordinary token: accumulate more text"),
+        (0, "no ordinary tokens in the validation"),
+    ):
+        accumulated.moments._open["validation.ordinary.0"].n = n
+        with pytest.raises(MomentsError, match=message):
             fit(accumulated)
 
 
 def test_targets_that_do_not_vary_are_refused(accumulated):
-    accumulated.moments.groups["test", "ordinary"].scatter.zero_()
+    for fold in accumulated.moments.folds("test"):
+        part = accumulated.moments._open[f"test.ordinary.{fold}"]
+        part.scatter.zero_()
+        part.mean.zero_()
     with pytest.raises(MomentsError, match="the held-out residuals of the target do not vary"):
         fit(accumulated)
 

@@ -206,14 +206,14 @@ def test_an_interrupted_update_is_not_read_as_whole():
 # ---- TransportMoments --------------------------------------------------------------------------------------------------
 
 
-def batch(seed=0, split="train", documents=(1, 2, 3), length=10):
+def batch(seed=0, split="train", documents=(1, 2, 3), length=10, fold=0):
     generator = torch.Generator().manual_seed(seed)
     residuals = torch.randn(len(SITES), len(documents), length, D, generator=generator)
     ordinary = torch.ones(len(documents), length, dtype=torch.bool)
     ordinary[:, 0] = False
     excluded = ~ordinary
     ordinary[0, -1] = False  # padding: in neither class
-    return ResidualBatch(residuals, SITES, ordinary, excluded, torch.tensor(documents), split)
+    return ResidualBatch(residuals, SITES, ordinary, excluded, torch.tensor(documents), split, fold)
 
 
 def test_classes_and_splits_are_kept_apart():

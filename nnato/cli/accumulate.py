@@ -18,6 +18,7 @@ from nnato.cli import common
 )
 @common.pair_options
 @common.text_options
+@click.option("--folds", type=int, help="Parts of the train and of the test documents, for cross-validation and intervals.  [default: 5]")
 @common.batch_option
 @click.option("--checkpoint-every", type=int, default=20, show_default=True, help="Forward passes between checkpoints.")
 @common.model_options
@@ -76,6 +77,7 @@ def command(
             progress=progress,
         )
     file = out.expanduser() / FILE
+    size = sum(path.stat().st_size for path in (file, *result.moments.files))
     if as_json:
         record = {
             "path": str(file),
@@ -85,9 +87,9 @@ def command(
             "excluded_tokens": sum(result.excluded.values()),
             "excluded": result.excluded,
             "sink_tokens": result.sink_tokens,
-            "bytes": file.stat().st_size,
+            "bytes": size,
         }
         common.print_json(result.model, result.text, record)
         return
     common.show_accumulated(result)
-    common.say(f"{len(result.moments.pairs)} pairs in {file} ({file.stat().st_size / 1e6:,.0f} MB). Next: nnato fit {out}")
+    common.say(f"{len(result.moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: nnato fit {out}")
