@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nnato.moments import Moments, TransportMoments
     from nnato.operators import TransportOperator
     from nnato.perplexity import AblationResult, ablate
+    from nnato.selection import Method
     from nnato.sites import ResidualSite
     from nnato.trace import ATOTrace
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Accumulated": "accumulation",
     "Corpus": "corpus",
     "Fit": "fitting",
+    "Method": "selection",
     "Moments": "moments",
     "NnatoError": "errors",
     "ResidualSite": "sites",
@@ -47,6 +49,7 @@ __all__ = [
     "Accumulated",
     "Corpus",
     "Fit",
+    "Method",
     "Moments",
     "NnatoError",
     "ResidualSite",
