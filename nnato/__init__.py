@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnato.accumulation import Accumulated, accumulate, load_moments
+    from nnato.cca import CanonicalCorrelations, canonical_correlations
     from nnato.corpus import Corpus
+    from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
@@ -28,7 +30,9 @@ _HOMES = {
     "ATOTrace": "trace",
     "AblationResult": "perplexity",
     "Accumulated": "accumulation",
+    "CanonicalCorrelations": "cca",
     "Corpus": "corpus",
+    "Efficiency": "efficiency",
     "Fit": "fitting",
     "Method": "selection",
     "Moments": "moments",
@@ -38,16 +42,20 @@ _HOMES = {
     "TransportOperator": "operators",
     "ablate": "perplexity",
     "accumulate": "accumulation",
+    "canonical_correlations": "cca",
     "fit": "fitting",
     "load_model": "models",
     "load_moments": "accumulation",
+    "transport_efficiency": "efficiency",
 }
 
 __all__ = [
     "ATOTrace",
     "AblationResult",
     "Accumulated",
+    "CanonicalCorrelations",
     "Corpus",
+    "Efficiency",
     "Fit",
     "Method",
     "Moments",
@@ -58,9 +66,11 @@ __all__ = [
     "__version__",
     "ablate",
     "accumulate",
+    "canonical_correlations",
     "fit",
     "load_model",
     "load_moments",
+    "transport_efficiency",
 ]
 
 

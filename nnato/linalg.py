@@ -11,6 +11,8 @@ from nnato.errors import MomentsError
 
 TOLERANCE = 1e-10
 """Eigenvalues below this fraction of the largest one are outside the support (METHODS: numerics)."""
+WHITENING_TOLERANCE = 1e-7
+"""The same for the correlation matrix of standardised coordinates, when it is whitened."""
 _RESIDUAL = 1e-9
 """How far, relative to the matrix, a device's eigendecomposition may be from orthogonal or exact before the CPU repeats it."""
 
@@ -37,18 +39,50 @@ class Spectrum(NamedTuple):
         return self.vectors * self.values.sqrt()
 
 
-def spectrum(scatter: torch.Tensor) -> Spectrum:
+def spectrum(scatter: torch.Tensor, tolerance: float = TOLERANCE) -> Spectrum:
     """Decompose a symmetric positive semi-definite matrix, float64 (d, d).
+
+    Args:
+        scatter: The matrix.
+        tolerance: Eigenvalues below this fraction of the largest one are outside the support.
 
     Raises:
         MomentsError: It is not finite, or zero.
     """
     _check_finite(scatter)
     values, vectors = _eigh(scatter)
-    kept = values > TOLERANCE * values[-1]
+    kept = values > tolerance * values[-1]
     if not bool(kept.any()) or float(values[-1]) <= 0:
         raise MomentsError("a scatter matrix is zero: the residuals of this site do not vary (too few tokens?)")
     return Spectrum(values[kept], vectors[:, kept])
+
+
+class Whitening(NamedTuple):
+    """Coordinates in which a scatter is the identity.
+
+    Attributes:
+        whitener: F, float64 (d, rank), with `Fᵀ C F = 1`.
+        colourer: The transpose of a left inverse of F, float64 (d, rank): `colourerᵀ F = 1`.
+    """
+
+    whitener: torch.Tensor
+    colourer: torch.Tensor
+
+
+def whitening(scatter: torch.Tensor) -> Whitening:
+    """Whiten by way of standardised coordinates, whose small eigenvalues rounding spoils least; float64 (d, d).
+
+    A few coordinates of a residual stream are thousands of times larger than the rest. In standardised ones, directions below 1e-7 of the
+    largest variance are left out: beyond that, rounding alone would push canonical correlations above one.
+
+    Raises:
+        MomentsError: The scatter is not finite, or zero.
+    """
+    deviations = scatter.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(deviations > TOLERANCE * deviations.max(), deviations, float("inf"))[:, None]
+    decomposed = spectrum(scatter / scale / scale.T, WHITENING_TOLERANCE)
+    varying = torch.where(torch.isfinite(scale), scale, 0.0)
+    return Whitening(decomposed.whitener / scale, decomposed.colourer * varying)
 
 
 def principal_axes(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,16 +138,6 @@ def random_orthogonal(width: int, seed: int, device: torch.device | str = "cpu")
     q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     rotation: torch.Tensor = q * r.diagonal().sign()  # the signs make QR unique, and Q uniform
     return rotation.to(device)
-
-
-def pseudo_inverse(scatter: torch.Tensor) -> torch.Tensor:
-    """Inverse of a symmetric positive semi-definite matrix on its support; float64 (d, d) to (d, d).
-
-    Raises:
-        MomentsError: It is not finite, or zero.
-    """
-    whitener = spectrum(scatter).whitener
-    return whitener @ whitener.T
 
 
 def _check_finite(matrix: torch.Tensor) -> None:

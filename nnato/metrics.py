@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nnato.errors import MomentsError
-from nnato.linalg import spectrum
+from nnato.linalg import spectrum, whitening
 from nnato.moments import Moments
 from nnato.regression import Regression
 
@@ -91,9 +91,8 @@ def weighting(metric: str, train_yy: torch.Tensor, heldout_yy: torch.Tensor) -> 
         variance = heldout_yy.diagonal()
         return Weighting(torch.where(variance > 0, 1 / variance, 0.0))
     check_metric(metric)
-    decomposed = spectrum(train_yy)
-    whitener = decomposed.whitener
-    return Weighting(whitener @ whitener.T, (whitener, decomposed.colourer.T))
+    whitener, colourer = whitening(train_yy)
+    return Weighting(whitener @ whitener.T, (whitener, colourer.T))
 
 
 def check_metric(metric: str) -> None:

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from nnato.errors import MomentsError
-from nnato.linalg import decomposes, principal_axes, pseudo_inverse, random_orthogonal, singular, solve_positive, spectrum
+from nnato.linalg import decomposes, principal_axes, random_orthogonal, singular, solve_positive, spectrum, whitening
 from nnato.metrics import METRICS, Weighting, error_matrix, r2, squared_deviations, squared_errors, weighting
 from nnato.moments import Moments
 from nnato.regression import Frame, Regression
@@ -280,7 +280,11 @@ def test_linalg_equals_numpy():
     half = rng.normal(size=(8, 5))
     matrix = half @ half.T  # rank 5 of 8
     torch_matrix = torch.from_numpy(matrix)
-    assert np.abs(pseudo_inverse(torch_matrix).numpy() - np.linalg.pinv(matrix, hermitian=True)).max() <= 1e-9
+    whitener, colourer = whitening(torch_matrix)
+    assert whitener.shape == (8, 5)
+    assert np.abs((whitener.T @ torch_matrix @ whitener).numpy() - np.eye(5)).max() <= 1e-10
+    assert np.abs((colourer.T @ whitener).numpy() - np.eye(5)).max() <= 1e-12
+    assert np.abs((colourer @ colourer.T).numpy() - matrix).max() <= 1e-12 * np.abs(matrix).max()
     decomposed = spectrum(torch_matrix)
     assert np.abs((decomposed.colourer @ decomposed.colourer.T).numpy() - matrix).max() <= 1e-12 * np.abs(matrix).max()
     assert np.abs((decomposed.whitener.T @ torch_matrix @ decomposed.whitener).numpy() - np.eye(5)).max() <= 1e-9
