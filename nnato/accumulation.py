@@ -75,9 +75,8 @@ class Accumulated:
         )
 
 
-@torch.no_grad()
 def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[ResidualSite]) -> torch.Tensor:
-    """Residuals of a batch at some sites; the forward pass stops behind the last of them.
+    """Residuals of a batch at some sites; blocks behind the last of them do not run.
 
     Args:
         model: The model.
@@ -85,12 +84,12 @@ def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[Residua
         sites: Where.
 
     Returns:
-        (sites, blocks, positions, d_model), in the model's dtype, on its device.
+        (sites, blocks, positions, d_model), in the model's dtype, on its device, without gradient.
     """
     sites = tuple(sites)
-    with ATOTrace(model, input_ids=ids, use_cache=False) as t:
+    with torch.no_grad(), ATOTrace(model, input_ids=ids, use_cache=False, logits_to_keep=1) as t:
         residuals: torch.Tensor = save(torch.stack([t.residual(site) for site in sites]))
-        t.stop()
+        t.skip_after(max(sites))
     return residuals
 
 
@@ -108,22 +107,42 @@ class TokenClasses:
 
     def ordinary(self, tokens: TokenBatch, residuals: torch.Tensor) -> torch.Tensor:
         """The ordinary tokens of a batch, bool (blocks, positions)."""
-        mask, special = tokens.mask.to(residuals.device), tokens.special.to(residuals.device)
-        first = torch.zeros_like(mask)
-        first[:, 0] = True
-        candidates = mask & ~special & ~first
-        norms = torch.linalg.vector_norm(residuals, dim=-1, dtype=torch.float64)
-        if self.medians is None:
-            if not bool(candidates.any()):
-                raise TextError("the first batch holds special tokens and first positions only: is this the model's tokenizer?")
-            self.medians = norms[:, candidates].median(dim=1).values
-        sink = candidates & (norms > SINK_RATIO * self.medians.to(norms.device)[:, None, None]).any(dim=0)
-        self.excluded["special"] += int((special & mask).sum())
-        self.excluded["first_position"] += int((first & mask & ~special).sum())
+        ordinary, sink, self.medians = classify(residuals, tokens.mask, tokens.special, self.medians)
+        first = tokens.mask & ~tokens.special
+        first[:, 1:] = False
+        self.excluded["special"] += int((tokens.special & tokens.mask).sum())
+        self.excluded["first_position"] += int(first.sum())
         self.excluded["sink"] += int(sink.sum())
         self.sinks.update(tokens.ids[sink.cpu()].tolist())
-        ordinary: torch.Tensor = candidates & ~sink
         return ordinary
+
+
+def classify(
+    residuals: torch.Tensor, mask: torch.Tensor, special: torch.Tensor, medians: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The classes of a batch's tokens. Plain torch: it also runs where nnato is not installed.
+
+    Args:
+        residuals: Float (sites, blocks, positions, d_model).
+        mask: bool (blocks, positions), true for real tokens.
+        special: bool (blocks, positions), true for special tokens.
+        medians: Median norms of the sites, float64 (sites,); None takes them from this batch.
+
+    Returns:
+        The ordinary tokens and the sinks, bool (blocks, positions) each, and the medians.
+
+    Raises:
+        TextError: There is nothing to take medians from.
+    """
+    candidates = (mask & ~special).to(residuals.device)
+    candidates[:, 0] = False
+    norms = torch.linalg.vector_norm(residuals, dim=-1, dtype=torch.float64)
+    if medians is None:
+        if not bool(candidates.any()):
+            raise TextError("the first batch holds special tokens and first positions only: is this the model's tokenizer?")
+        medians = norms[:, candidates].median(dim=1).values
+    sink = candidates & (norms > SINK_RATIO * medians.to(norms.device)[:, None, None]).any(dim=0)
+    return candidates & ~sink, sink, medians
 
 
 def stream(

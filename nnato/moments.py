@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 
 from nnato.corpus import FOLDED, SPLITS
 from nnato.errors import ActivationError, MomentsError
@@ -224,6 +223,36 @@ def _names(blocks: Iterable[Pair]) -> str:
     return ", ".join(pairs[:12]) + (f" and {len(pairs) - 12} more" if len(pairs) > 12 else "")
 
 
+def add_batch(
+    residuals: torch.Tensor,
+    ordinary: torch.Tensor,
+    excluded: torch.Tensor,
+    documents: torch.Tensor,
+    ordinary_moments: Moments,
+    excluded_moments: Moments | None,
+    shuffled: Moments | None,
+) -> None:
+    """Add one batch to moments of each token class and of shuffled pairs. Plain torch: it also runs where nnato is not installed.
+
+    Args:
+        residuals: Float (sites, blocks, positions, d_model), finite at real tokens.
+        ordinary: bool (blocks, positions).
+        excluded: bool (blocks, positions).
+        documents: int64 (blocks,).
+        ordinary_moments: Of ordinary tokens.
+        excluded_moments: Of excluded ones; None leaves them out.
+        shuffled: Of pairs of ordinary tokens of different documents; None leaves them out.
+    """
+    rows = residuals.flatten(1, 2)
+    ordinary_moments.update(rows[:, ordinary.flatten()])
+    if excluded_moments is not None:
+        excluded_moments.update(rows[:, excluded.flatten()])
+    if shuffled is not None:
+        other = documents != documents.roll(1)
+        both = (ordinary & ordinary.roll(1, 0) & other[:, None]).flatten()
+        shuffled.update(rows[:, both], residuals.roll(1, 1).flatten(1, 2)[:, both])
+
+
 PART = "moments-part"
 
 
@@ -290,18 +319,31 @@ class TransportMoments:
             MomentsError: The batch belongs to a fold that is complete already.
         """
         batch.check_finite()
-        names = {"ordinary": f"{batch.split}.ordinary.{batch.fold}", "excluded": f"{batch.split}.excluded"}
-        self._close_all_but(names.values())
-        rows = rearrange(batch.residuals, "site block position d -> site (block position) d")
-        for name, mask in (("ordinary", batch.ordinary), ("excluded", batch.excluded)):
-            chosen = mask.flatten()
-            if bool(chosen.any()):
-                self._opened(names[name]).update(rows[:, chosen])
-        if batch.split == "train":
-            other = batch.documents != batch.documents.roll(1)
-            both = (batch.ordinary & batch.ordinary.roll(1, 0) & other[:, None]).flatten()
-            rolled = rearrange(batch.residuals.roll(1, 1), "site block position d -> site (block position) d")
-            self.shuffled.update(rows[:, both], rolled[:, both])
+        names = (f"{batch.split}.ordinary.{batch.fold}", f"{batch.split}.excluded")
+        self._close_all_but(names)
+        ordinary, excluded = (self._opened(name) for name in names)
+        shuffled = self.shuffled if batch.split == "train" else None
+        add_batch(batch.residuals, batch.ordinary, batch.excluded, batch.documents, ordinary, excluded, shuffled)
+
+    def add(self, split: str, fold: int, ordinary: Moments, excluded: Moments | None, shuffled: Moments | None) -> None:
+        """Add moments that were accumulated elsewhere, of batches of one fold.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            fold: Fold of the split.
+            ordinary: Of ordinary tokens.
+            excluded: Of the others; None if they were not kept.
+            shuffled: Of shuffled pairs of ordinary training tokens.
+
+        Raises:
+            MomentsError: The moments are of other pairs, or the fold is complete already.
+        """
+        names = (f"{split}.ordinary.{fold}", f"{split}.excluded")
+        self._close_all_but(names)
+        merged = {name: self._opened(name).merge(part) for name, part in zip(names, (ordinary, excluded), strict=True) if part is not None}
+        both = self.shuffled if shuffled is None else self.shuffled.merge(shuffled)
+        self._open |= merged
+        self.shuffled = both
 
     def _close_all_but(self, names: Iterable[str]) -> None:
         """Write parts that are complete to their files. A checkpoint that names such a file is written later, so it always exists."""
@@ -330,6 +372,11 @@ class TransportMoments:
 
     # ---- reading -------------------------------------------------------------------------------------------------------
 
+    @property
+    def has_excluded(self) -> bool:
+        """Whether special tokens, first positions and sinks were kept, so that `tokens="all"` means something."""
+        return any(key.endswith(".excluded") for key in self.rows)
+
     def of(self, split: str, tokens: str = "ordinary", pairs: Iterable[Pair] | None = None, folds: Iterable[int] | None = None) -> Moments:
         """Moments of a split, or of some of its folds.
 
@@ -347,6 +394,8 @@ class TransportMoments:
             raise MomentsError(f"tokens {tokens!r}: use 'ordinary' or 'all'")
         if folds is not None and tokens == "all":
             raise MomentsError("folds are kept of ordinary tokens only")
+        if tokens == "all" and not self.has_excluded:
+            raise MomentsError("these moments hold ordinary tokens only: accumulate again with the excluded ones")
         there = self.folds(split)
         chosen = there if folds is None else tuple(folds)
         if missing := set(chosen) - set(there):
