@@ -123,11 +123,13 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         model: What `load_model` returned, or any nnsight `TransformersModel`.
         inputs: A prompt, prompts, or token ids, as nnsight takes them. Several prompts are padded on the left.
         remote: False to run here; True, "local" or a URL as in nnsight's `trace`.
+        backend: An nnsight backend to run the block instead, e.g. one of a `DryRunServer`.
         forward: Keyword arguments of the model's forward, e.g. `input_ids=`, `use_cache=False`.
     """
 
-    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, **forward: Any) -> None:
-        backend = model._remote_backend(remote, True, None, False) if remote else None
+    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, backend: Any = None, **forward: Any) -> None:
+        if backend is None and remote:
+            backend = model._remote_backend(remote, True, None, False)
         InterleavingTracer.__init__(self, model, model._call, *inputs, backend=backend, **forward)
         self.blocks_path, self.n_blocks, _ = find_blocks(model._module)
         self.queue: list[tuple[str, tuple[Any, ...]]] = []

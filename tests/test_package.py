@@ -18,6 +18,7 @@ ROWS = [
     {"sites", "storage"},
     {"embedded", "corpus"},
     {"trace", "statistics"},
+    {"dry_run"},
     {"models", "moments"},
     {"accumulation", "linalg"},
     {"metrics"},
