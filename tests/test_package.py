@@ -24,6 +24,7 @@ ROWS = [
     {"metrics"},
     {"ridge", "operators"},
     {"fitting", "edits"},
+    {"losses"},
     {"perplexity"},
     {"plots"},
     {"cli"},
