@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from nnato.errors import ModelError
-from nnato.trace import TransformersModel
+from nnato.errors import ModelError, RemoteError
+from nnato.nnsight_setup import NnsightRemoteError, RemoteBackend, TransformersModel
+from nnato.remote import explain
 
 __all__ = ["DryRunServer"]
 
@@ -91,6 +92,10 @@ while line := sys.stdin.buffer.readline():
 """
 
 
+def _failed(text: str) -> RemoteError:
+    return explain(NnsightRemoteError(text), "the dry run") if text.startswith("Traceback") else RemoteError(text)
+
+
 class DryRunServer:
     """A process that serves one model to traces as an NDIF server would.
 
@@ -106,16 +111,22 @@ class DryRunServer:
     Args:
         model: A folder in Hugging Face format (nothing is looked up on the hub then), or a hub id.
         dtype: Data type of the weights.
+        say: Told what happens, in words.
 
     Attributes:
         sent: Bytes of the last request.
         received: Bytes of the last answer.
+        retries: 0, since nothing here fails by chance.
+        say: As in `NdifServer`.
 
     Raises:
         ModelError: The process could not load the model; its last words are in the message.
     """
 
-    def __init__(self, model: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    retries = 0
+
+    def __init__(self, model: str | Path, dtype: torch.dtype = torch.float32, say: Callable[[str], None] = lambda text: None) -> None:
+        self.say = say
         folder = Path(model).expanduser()
         environment = dict(os.environ)
         if folder.is_dir():
@@ -139,16 +150,19 @@ class DryRunServer:
     def backend(self, model: TransformersModel) -> Any:
         """What runs a trace or session of `model` in this server: an nnsight backend, for one block.
 
-        Errors in the block, and the end of the process, are raised as nnsight's `RemoteError`, as a server's are.
+        Errors in the block, and the end of the process, are raised as `RemoteError`, as a server's are.
         """
-        from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
-
         server = self
 
         class DryRunBackend(RemoteBackend):  # type: ignore[misc]
             def request(self, request: Any, tracer: Any) -> Any:
-                data = server._ask(self._serialize(tracer), {"compress": self.compress, "env": self.env}, RemoteError)
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                data = server._ask(self._serialize(tracer), {"compress": self.compress, "env": self.env}, _failed)
+                server.say(f"dry run: {server.sent / 1e6:.2f} MB sent, {server.received / 1e6:.2f} MB came back")
+                self.saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                return self.saved
+
+            def wait(self) -> Any:
+                return self.saved
 
         return DryRunBackend("dry-run", host="http://dry-run.invalid", env=model._remoteable_get_env())
 

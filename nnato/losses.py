@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnato.accumulation import classify
 from nnato.edits import pick
+from nnato.reduction import classify
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace, find_blocks, save
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
+    from nnato.nnsight_setup import TransformersModel
 
 LOGIT_BYTES = 3 << 29
 """Logits of edited rows held at once; decides how many interventions share a forward pass."""

@@ -21,7 +21,7 @@ from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
+    from nnato.nnsight_setup import TransformersModel
 
 RESAMPLES = 2000
 

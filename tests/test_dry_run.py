@@ -9,10 +9,9 @@ import nnsight
 import pytest
 import torch
 from conftest import WIDTH, make_module, make_tokenizer
-from nnsight.intervention.backends.remote import RemoteError
 
 from nnato.dry_run import DryRunServer
-from nnato.errors import ModelError
+from nnato.errors import ModelError, RemoteError
 from nnato.trace import ATOTrace, TransformersModel
 
 IDS = torch.tensor([[1, 8, 9, 30, 5, 7]])

@@ -6,10 +6,10 @@ import nnsight
 import pytest
 import torch
 from conftest import ARCHITECTURES, BLOCKS, WIDTH, hook_residuals, make_module, make_tokenizer
-from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling import huggingface
 
 from nnato.dry_run import DryRunServer
+from nnato.errors import RemoteError
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace, TransformersModel
