@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from nnato.errors import NnatoError
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
-    from nnato.moments import Moments, TransportMoments
+    from nnato.moments import Moments
     from nnato.operators import TransportOperator
     from nnato.perplexity import AblationResult, ablate
     from nnato.selection import Method
     from nnato.sites import ResidualSite
     from nnato.trace import ATOTrace
+    from nnato.transport_moments import TransportMoments
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "Moments": "moments",
     "NnatoError": "errors",
     "ResidualSite": "sites",
-    "TransportMoments": "moments",
+    "TransportMoments": "transport_moments",
     "TransportOperator": "operators",
     "ablate": "perplexity",
     "accumulate": "accumulation",

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.corpus import SPLITS, Corpus, TokenBatch, TokenBlocks
-from nnato.errors import ActivationError, FileFormatError, MomentsError, SiteError, TextError
+from nnato.errors import FileFormatError, MomentsError, SiteError
 from nnato.models import ModelInfo, check_text, describe
-from nnato.moments import TransportMoments
-from nnato.sites import Pair, ResidualSite, default_pairs, default_sites, grid, make_pair
+from nnato.reduction import SINK_RATIO, TokenClasses, capture, located
+from nnato.remote import Server
+from nnato.remote_moments import RemoteMoments
+from nnato.sites import Pair, default_pairs, default_sites, grid, make_pair
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
 from nnato.storage import SCHEMA, check_space, prepare_cache, prepare_folder, provenance, read_artifact, require, write_artifact
-from nnato.trace import ATOTrace, save
+from nnato.transport_moments import TransportMoments
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
+    from nnato.nnsight_setup import TransformersModel
 
 FILE = "moments.safetensors"
 KIND = "moments"
 TOKENS_PER_DIMENSION = 80
 """Tokens read by default, per dimension of the residual stream (51,200 at d_model 640; the paper uses 108)."""
-SINK_RATIO = 10.0
-"""A token is a sink if its norm exceeds this multiple of the median norm at any captured site."""
 
 
 @dataclass(frozen=True)
@@ -75,57 +75,6 @@ class Accumulated:
         )
 
 
-@torch.no_grad()
-def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[ResidualSite]) -> torch.Tensor:
-    """Residuals of a batch at some sites; the forward pass stops behind the last of them.
-
-    Args:
-        model: The model.
-        ids: int64 (blocks, positions), padded on the right: in a causal model padding then touches no real token.
-        sites: Where.
-
-    Returns:
-        (sites, blocks, positions, d_model), in the model's dtype, on its device.
-    """
-    sites = tuple(sites)
-    with ATOTrace(model, input_ids=ids, use_cache=False) as t:
-        residuals: torch.Tensor = save(torch.stack([t.residual(site) for site in sites]))
-        t.stop()
-    return residuals
-
-
-class TokenClasses:
-    """The rule that says which tokens enter the statistics, with counts (METHODS: positions).
-
-    Special tokens, the first position, and tokens whose norm exceeds `SINK_RATIO` times the median at *any* captured site are left out: a
-    handful of such tokens can carry nearly all variance and fake an R². Medians come from the first batch and are then frozen.
-    """
-
-    def __init__(self, medians: torch.Tensor | None = None) -> None:
-        self.medians = medians
-        self.excluded: Counter[str] = Counter()
-        self.sinks: Counter[int] = Counter()
-
-    def ordinary(self, tokens: TokenBatch, residuals: torch.Tensor) -> torch.Tensor:
-        """The ordinary tokens of a batch, bool (blocks, positions)."""
-        mask, special = tokens.mask.to(residuals.device), tokens.special.to(residuals.device)
-        first = torch.zeros_like(mask)
-        first[:, 0] = True
-        candidates = mask & ~special & ~first
-        norms = torch.linalg.vector_norm(residuals, dim=-1, dtype=torch.float64)
-        if self.medians is None:
-            if not bool(candidates.any()):
-                raise TextError("the first batch holds special tokens and first positions only: is this the model's tokenizer?")
-            self.medians = norms[:, candidates].median(dim=1).values
-        sink = candidates & (norms > SINK_RATIO * self.medians.to(norms.device)[:, None, None]).any(dim=0)
-        self.excluded["special"] += int((special & mask).sum())
-        self.excluded["first_position"] += int((first & mask & ~special).sum())
-        self.excluded["sink"] += int(sink.sum())
-        self.sinks.update(tokens.ids[sink.cpu()].tolist())
-        ordinary: torch.Tensor = candidates & ~sink
-        return ordinary
-
-
 def stream(
     model: TransformersModel,
     blocks: TokenBlocks,
@@ -136,6 +85,7 @@ def stream(
     file: Path | None = None,
     batch_size: int = 8,
     checkpoint_every: int = 20,
+    remote: RemoteMoments | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
@@ -152,6 +102,7 @@ def stream(
         file: Where to keep checkpoints and the result.
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
+        remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
         progress: Told of each batch.
 
     Returns:
@@ -188,12 +139,16 @@ def stream(
             "provenance": provenance(),
         }
 
-    for number in range(cursor, len(plan)):
+    while cursor < len(plan):
         if progress is not None:
-            progress("forward passes", number, len(plan))
-        _add_batch(model, blocks.batch(plan[number]), statistic, classes)
-        if file is not None and (number + 1 == len(plan) or (number + 1) % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(number + 1))
+            progress("forward passes", cursor, len(plan))
+        if remote is None:
+            _add_batch(model, blocks.batch(plan[cursor]), statistic, classes)
+            cursor += 1
+        else:
+            cursor = remote.add(model, blocks, plan, cursor, classes)
+        if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
+            write_artifact(file, KIND, *snapshot(cursor))
     if progress is not None:
         progress("forward passes", len(plan), len(plan))
     return snapshot(len(plan))[1]
@@ -201,17 +156,13 @@ def stream(
 
 def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:
     residuals = capture(model, tokens.ids, statistic.sites)
-    ordinary = classes.ordinary(tokens, residuals)
+    ordinary = classes.ordinary(tokens.ids, tokens.mask, tokens.special, residuals)
     excluded = tokens.mask.to(ordinary.device) & ~ordinary
     documents = tokens.documents.to(ordinary.device)
     try:
         statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold))
     except NonFinite as error:
-        start = model.tokenizer.decode(tokens.ids[error.block][:12].tolist(), skip_special_tokens=True)
-        raise ActivationError(
-            f"the residual is {error.value} in document {int(tokens.documents[error.block]):016x} (block starting {start!r}), position "
-            f"{error.position}, site {error.site}; nothing of this batch was added. Half precision may overflow: try float32"
-        ) from None
+        raise located(error, model, tokens) from None
 
 
 def accumulate(
@@ -223,6 +174,9 @@ def accumulate(
     batch_size: int = 8,
     checkpoint_every: int = 20,
     device: torch.device | str | None = None,
+    server: Server | None = None,
+    per_job: int = 64,
+    keep_excluded: bool = True,
     progress: Progress | None = None,
 ) -> Accumulated:
     """Stream text through a model once and fold the residuals into moments.
@@ -236,6 +190,10 @@ def accumulate(
         batch_size: Token blocks per forward pass. Another one gives the same moments to rounding only.
         checkpoint_every: Batches between checkpoints; what a crash can lose at most.
         device: Where the float64 sums are kept; by default where the model is. "cpu" spares the memory of a GPU.
+        server: Run the forward passes on it, e.g. `NdifServer()`, and fetch sums only; a failed job is all that a rerun repeats.
+        per_job: Batches in one job on a server, at most.
+        keep_excluded: Whether a server also sends sums of special tokens, first positions and sinks, which takes twice the bytes. Without
+            them there is no R² with all tokens.
         progress: Told of tokens read and batches done.
 
     Returns:
@@ -247,13 +205,15 @@ def accumulate(
         PositionError: The sequences are longer than the model's context.
         MomentsError: `out` holds moments of another request, or the sums do not fit into memory.
         ActivationError: A residual is not finite.
+        RemoteError: A job on the server failed.
         OutputError: `out` cannot be written.
     """
     info = describe(model)
     chosen = _check_request(info, pairs, batch_size, checkpoint_every)
     file = prepare_folder(Path(out).expanduser()) / FILE if out is not None else None
     blocks = tokenize(model, corpus or default_corpus(info), progress)
-    return _run(model, info, blocks, chosen, file, batch_size, checkpoint_every, device, progress)
+    run = _Run(file, batch_size, checkpoint_every, device, server, per_job, keep_excluded or server is None, progress)
+    return run(model, info, blocks, chosen)
 
 
 def accumulate_cached(
@@ -262,6 +222,7 @@ def accumulate_cached(
     pairs: Iterable[tuple[int | str, int | str]] | None = None,
     *,
     batch_size: int = 8,
+    server: Server | None = None,
     progress: Progress | None = None,
 ) -> Accumulated:
     """As `accumulate`, with the result kept in the user's cache under a key of model, text, pairs and schema.
@@ -273,6 +234,7 @@ def accumulate_cached(
         corpus: As in `accumulate`.
         pairs: As in `accumulate`.
         batch_size: As in `accumulate`.
+        server: As in `accumulate`.
         progress: As in `accumulate`.
     """
     info = describe(model)
@@ -283,7 +245,7 @@ def accumulate_cached(
     request = json.dumps(request_of(info, blocks.fingerprint, chosen, batch_size), sort_keys=True)
     key = hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
     file = prepare_cache("moments", key) / FILE
-    return _run(model, info, blocks, chosen, file, batch_size, 20, None, progress)
+    return _Run(file, batch_size, 20, None, server, 64, True, progress)(model, info, blocks, chosen)
 
 
 def _check_request(
@@ -318,35 +280,44 @@ def tokenize(model: TransformersModel, corpus: Corpus | TokenBlocks, progress: P
     return corpus
 
 
-def _run(
-    model: TransformersModel,
-    info: ModelInfo,
-    blocks: TokenBlocks,
-    pairs: tuple[Pair, ...],
-    file: Path | None,
-    batch_size: int,
-    checkpoint_every: int,
-    device: torch.device | str | None,
-    progress: Progress | None,
-) -> Accumulated:
-    place = torch.device(device) if device is not None else next(model._module.parameters()).device
-    everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"])
-    _check_memory(at_once if file is not None else everything, place)
-    if file is not None and not file.exists():
-        check_space(file.parent, everything, "ask for fewer sites, pairs or folds")
-    moments = TransportMoments(pairs, info.d_model, place, file.parent if file is not None else None)
-    metadata = stream(
-        model,
-        blocks,
-        moments,
-        request_of(info, blocks.fingerprint, pairs, batch_size),
-        {"model": info.fingerprint(), "text": blocks.fingerprint},
-        file=file,
-        batch_size=batch_size,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-    )
-    return Accumulated.of(moments, metadata)
+@dataclass(frozen=True)
+class _Run:
+    """One accumulation: where its sums go, and how its batches are run."""
+
+    file: Path | None
+    batch_size: int
+    checkpoint_every: int
+    device: torch.device | str | None
+    server: Server | None
+    per_job: int
+    keep_excluded: bool
+    progress: Progress | None
+
+    def __call__(self, model: TransformersModel, info: ModelInfo, blocks: TokenBlocks, pairs: tuple[Pair, ...]) -> Accumulated:
+        place = torch.device("cpu") if self.server is not None else next(model._module.parameters()).device
+        place = torch.device(self.device) if self.device is not None else place
+        everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"])
+        _check_memory(at_once if self.file is not None else everything, place)
+        if self.file is not None and not self.file.exists():
+            check_space(self.file.parent, everything, "ask for fewer sites, pairs or folds")
+        moments = TransportMoments(pairs, info.d_model, place, self.file.parent if self.file is not None else None)
+        remote = None
+        if self.server is not None:
+            remote = RemoteMoments(self.server, moments, self.per_job, self.keep_excluded)
+            remote.announce(blocks, blocks.plan(self.batch_size))
+        metadata = stream(
+            model,
+            blocks,
+            moments,
+            request_of(info, blocks.fingerprint, pairs, self.batch_size) | {"excluded": self.keep_excluded},
+            {"model": info.fingerprint(), "text": blocks.fingerprint},
+            file=self.file,
+            batch_size=self.batch_size,
+            checkpoint_every=self.checkpoint_every,
+            remote=remote,
+            progress=self.progress,
+        )
+        return Accumulated.of(moments, metadata)
 
 
 def _check_memory(needed: int, device: torch.device) -> None:

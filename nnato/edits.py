@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,26 +87,18 @@ class Positions:
         if self.explicit and self.explicit[-1] > last:
             raise PositionError(f"position {self.explicit[-1]} lies outside: sequences of {context} tokens can be edited up to {last}")
 
-    def choose(self, ordinary: torch.Tensor, seed: int, sequence: int) -> list[int]:
-        """Positions of one sequence, sorted; the same for the same seed and sequence number.
+    def order(self, context: int, seed: int, sequence: int) -> list[int]:
+        """Positions of one sequence in the order in which they are taken; the same for the same seed and sequence number.
 
         Args:
-            ordinary: bool (positions,), tokens of the ordinary class.
+            context: Tokens of the sequence.
             seed: Of the draw.
             sequence: Number of the sequence, part of the draw.
-
-        Raises:
-            PositionError: Too few positions are eligible.
         """
-        eligible = torch.nonzero(ordinary[:-1]).flatten().tolist()
+        eligible = range(context - 1)  # the last token has no successor to predict
         if self.count is not None:
-            if self.count > len(eligible):
-                raise PositionError(f"sequence {sequence} has {len(eligible)} ordinary tokens to edit, not {self.count}")
-            return sorted(np.random.default_rng([seed, sequence]).permutation(eligible)[: self.count].tolist())
-        chosen = [position for position in eligible if position in self.explicit] if self.explicit else eligible
-        if not chosen:
-            raise PositionError(f"sequence {sequence} has no ordinary token at positions {self}")
-        return chosen
+            return [int(position) for position in np.random.default_rng([seed, sequence]).permutation(eligible)]
+        return [position for position in self.explicit if position in eligible] if self.explicit else list(eligible)
 
     def describe(self) -> str:
         """In words, for titles."""
@@ -117,3 +110,21 @@ class Positions:
         if self.count is not None:
             return str(self.count)
         return ",".join(map(str, self.explicit)) + ("," if len(self.explicit) == 1 else "") if self.explicit else "all"
+
+
+def pick(order: Sequence[int], count: int | None, ordinary: Sequence[bool], sequence: int) -> list[int]:
+    """The positions to edit: the first so many of an order that are ordinary tokens, sorted.
+
+    Args:
+        order: As `Positions.order` gives it.
+        count: How many; None for all that are ordinary.
+        ordinary: For each position, whether its token is ordinary.
+        sequence: Number of the sequence, for messages.
+
+    Raises:
+        PositionError: There are too few.
+    """
+    eligible = [position for position in order if ordinary[position]]
+    if len(eligible) < (count or 1):
+        raise PositionError(f"sequence {sequence} has {len(eligible)} ordinary tokens to edit at the given positions, not {count or 1}")
+    return sorted(eligible[:count])

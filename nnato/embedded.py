@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nnato.errors import MissingExtraError, ModelError
+from nnato.errors import MissingExtraError, ModelError, first_line
 from nnato.storage import cache_dir, prepare_cache
 
 DEFAULT_MODEL = "gemma-3-270m"
@@ -161,11 +161,6 @@ def _convert(path: Path, target: Path) -> None:
     sample = "def f(x):\n    return 'naïve'  # 1,234 – “quoted”\n"
     if AutoTokenizer.from_pretrained(target, local_files_only=True)(sample).input_ids != tokenizer(sample).input_ids:
         raise ModelError(f"the tokenizer of {path} does not survive conversion with this transformers; use another format")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _cached(sha256: str) -> Path:

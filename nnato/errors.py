@@ -41,5 +41,23 @@ class OutputError(NnatoError):
     """A place that cannot be written to."""
 
 
+class RemoteError(NnatoError):
+    """A job on a server that could not be sent, failed there, or whose answer cannot be had.
+
+    Attributes:
+        job: Its id, if it has one.
+        transient: Whether the same job may succeed when it is sent again.
+    """
+
+    def __init__(self, message: str, job: str | None = None, transient: bool = False) -> None:
+        super().__init__(message)
+        self.job, self.transient = job, transient
+
+
 class MissingExtraError(NnatoError):
     """A part of nnato that needs a package which is not installed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf, first_line
-from nnato.errors import ModelError, PositionError
+from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf
+from nnato.errors import ModelError, PositionError, first_line
 from nnato.trace import TransformersModel, find_blocks
 
 

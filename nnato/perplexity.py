@@ -10,35 +10,21 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from nnato.accumulation import TokenClasses, default_corpus, tokenize
+from nnato.accumulation import default_corpus, tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.edits import DEFAULT_INTERVENTIONS, INTERVENTIONS, Positions, intervention
 from nnato.errors import ActivationError, OperatorError, TextError
+from nnato.intervals import Interval
+from nnato.losses import measure
 from nnato.models import ModelInfo, describe
 from nnato.operators import TransportOperator
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
-from nnato.trace import ATOTrace, save
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
+    from nnato.nnsight_setup import TransformersModel
 
-LOGIT_BYTES = 3 << 29
-"""Logits of edited rows held at once; decides how many interventions share a forward pass."""
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over sequences with its 95 % interval, bootstrapped over documents."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        """As in `--json`."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -184,36 +170,43 @@ def ablate(
     documents = blocks.index[rows, 3]
     medians = _medians(operators)
     sites = sorted(medians)
-    runs = [_Run(operator, chosen, rows) for operator, chosen in zip(operators, maps, strict=True)]
-    losses, edited = [], []
+    runs = [(operator.source, operator.target, chosen) for operator, chosen in zip(operators, maps, strict=True)]
+    thresholds = torch.tensor([medians[site] for site in sites], dtype=torch.float64)
+    measured: list[dict[str, Any]] = []
     for number, row in enumerate(rows.tolist()):
         if progress is not None:
             progress("sequences", number, len(rows))
         tokens = blocks.batch([row])
-        clean = _Clean(model, tokens.ids, sites)
-        losses.append(clean.losses)
-        classes = TokenClasses(torch.tensor([medians[site] for site in sites], dtype=torch.float64))
-        ordinary = classes.ordinary(tokens, torch.stack([clean.residuals[site] for site in sites]))
-        edited.append(spec.choose(ordinary[0], seed, number))
-        for run in runs:
-            run.add(model, clean, edited[-1], number, last=run.operator.target == info.blocks - 1)
+        order, count = spec.order(corpus.context, seed, number), spec.count
+        with torch.no_grad():
+            measured.append(measure(model, number, tokens.ids, tokens.special, sites, thresholds, order, count, runs))
+        _check_finite(measured[-1]["changes"], number, operators, list(maps[0]))
     if progress is not None:
         progress("sequences", len(rows), len(rows))
-    clean_loss = torch.stack(losses)
+    changes = np.stack([one["changes"].numpy() for one in measured])  # (sequences, pairs, interventions, 4)
+    log_perplexity = float(torch.stack([one["losses"] for one in measured]).mean())
     return [
         AblationResult(
-            pair=run.operator.pair,
+            pair=operator.pair,
             positions=spec,
             seed=seed,
             sequences=len(rows),
             documents=len(np.unique(documents)),
-            edited=edited,
+            edited=[one["edited"] for one in measured],
             text=blocks.fingerprint,
-            log_perplexity=float(clean_loss.mean()),
-            effects=run.effects(clean_loss, documents, seed),
+            log_perplexity=log_perplexity,
+            effects=effects_of(list(chosen), changes[:, place], log_perplexity, documents, seed),
         )
-        for run in runs
+        for place, (operator, chosen) in enumerate(zip(operators, maps, strict=True))
     ]
+
+
+def _check_finite(changes: torch.Tensor, sequence: int, operators: Sequence[TransportOperator], names: Sequence[str]) -> None:
+    bad = torch.nonzero(~torch.isfinite(changes)).tolist()
+    if bad:
+        place, number, _ = bad[0]
+        pair = f"{operators[place].source}:{operators[place].target}"
+        raise ActivationError(f"{names[number]} at {pair} gives a loss that is not finite in sequence {sequence}")
 
 
 def choose_sequences(blocks: TokenBlocks, count: int) -> np.ndarray:
@@ -283,110 +276,40 @@ def _medians(operators: Iterable[TransportOperator]) -> dict[ResidualSite, float
     return medians
 
 
-class _Clean:
-    """One sequence under the unedited model: residuals, losses, and its logits as long as they are needed."""
-
-    def __init__(self, model: TransformersModel, ids: torch.Tensor, sites: Sequence[ResidualSite]) -> None:
-        with torch.no_grad(), ATOTrace(model, input_ids=ids, use_cache=False) as t:
-            residuals = save({site: t.residual(site) for site in sites})
-            logits = save(t.logits)
-        self.ids, self.residuals, self.logits = ids, residuals, logits[0, :-1].float()
-        self.targets = ids[0, 1:].to(self.logits.device)
-        self.losses = token_losses(self.logits, self.targets)[0].double().cpu()
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ℓ_p = -log P(token_{p+1} | tokens ≤ p)` in nats.
+def effects_of(names: Sequence[str], changes: np.ndarray, log_perplexity: float, documents: np.ndarray, seed: int) -> dict[str, Effect]:
+    """Effects of one pair's interventions.
 
     Args:
-        logits: Float32 (positions, vocabulary), at p.
-        targets: int64 (positions,), the tokens at p + 1.
-
-    Returns:
-        The losses and the log-normalisers of the logits, each float32 (positions,).
+        names: The interventions.
+        changes: float64 (sequences, interventions, 4), as `losses.measure` gives them.
+        log_perplexity: Unedited, in nats.
+        documents: int64 (sequences,), the document of each sequence.
+        seed: Of the bootstrap.
     """
-    normaliser = torch.logsumexp(logits, -1)
-    return normaliser - logits.gather(-1, targets[:, None])[:, 0], normaliser
-
-
-class _Run:
-    """Edited losses of one pair under all its interventions."""
-
-    def __init__(self, operator: TransportOperator, maps: dict[str, TransportOperator], rows: np.ndarray) -> None:
-        self.operator, self.maps = operator, maps
-        # Per intervention and sequence: mean Δ over all predictions, from the first edit on, at the edits; mean KL from the first edit on.
-        self.values = {name: np.zeros((len(rows), 4)) for name in maps}
-
-    def add(self, model: TransformersModel, clean: _Clean, edited: list[int], number: int, last: bool) -> None:
-        source, target = self.operator.pair
-        length = clean.ids.shape[1]
-        x, y = clean.residuals[source], clean.residuals[target]
-        # Behind the last block no position sees another one, so only the edited ones can change.
-        affected = torch.tensor(edited if last else range(edited[0], length - 1))
-        at = torch.tensor([position in set(edited) for position in affected.tolist()])
-        logits = clean.logits[affected.to(clean.logits.device)]
-        targets = clean.targets[affected.to(clean.targets.device)]
-        _, normaliser = token_losses(logits, targets)
-        probability = torch.exp(logits - normaliser[:, None])
-        negentropy = torch.einsum("pv,pv->p", probability, logits) - normaliser
-        names = list(self.maps)
-        rows = max(1, LOGIT_BYTES // (4 * len(affected) * logits.shape[-1]))
-        for first in range(0, len(names), rows):
-            some = names[first : first + rows]
-            values = y.repeat(len(some), 1, 1)
-            for row, name in enumerate(some):
-                values[row, edited] = self.maps[name](x[0, edited])
-            got = _resumed_logits(model, clean.ids.expand(len(some), -1), target, values, affected)
-            for row, name in enumerate(some):
-                edited_logits = got[row].float()
-                losses, normaliser = token_losses(edited_logits, targets)
-                delta = losses.double().cpu() - clean.losses[affected]
-                kl = negentropy - torch.einsum("pv,pv->p", probability, edited_logits) + normaliser
-                if not bool(torch.isfinite(losses).all()):
-                    raise ActivationError(f"{name} at {source}:{target} gives a loss that is not finite in sequence {number}")
-                behind = length - 1 - edited[0]
-                self.values[name][number] = (
-                    float(delta.sum()) / (length - 1),
-                    float(delta.sum()) / behind,
-                    float(delta[at].mean()),
-                    float(kl.double().sum()) / behind,
-                )
-
-    def effects(self, clean_loss: torch.Tensor, documents: np.ndarray, seed: int) -> dict[str, Effect]:
-        bootstrap = Bootstrap(documents, seed)
-        delta = {name: values[:, 1] for name, values in self.values.items()}
-        intervals = {name: bootstrap.interval(values) for name, values in delta.items()}
-        mean = intervals.get("mean")
-        usable = mean is not None and not mean.low <= 0 <= mean.high
-        effects = {}
-        for name, values in self.values.items():
-            means = bootstrap.by_document(delta[name])
-            moved = means[means != 0]
-            compared = "transport" in delta and name != "transport"
-            diluted = bootstrap.interval(values[:, 0])
-            effects[name] = Effect(
-                log_perplexity=float(clean_loss.mean()) + diluted.value,
-                delta_loss_diluted=diluted,
-                delta_loss=intervals[name],
-                delta_loss_at_edit=bootstrap.interval(values[:, 2]),
-                minus_transport=bootstrap.interval(delta[name] - delta["transport"]) if compared else None,
-                kl=float(values[:, 3].mean()),
-                loss_recovered_mean=1 - intervals[name].value / mean.value if mean is not None and usable else float("nan"),
-                sign_test=float(binomtest(int((moved > 0).sum()), len(moved)).pvalue) if len(moved) else 1.0,
-                per_sequence=values[:, 1:],
-            )
-        return effects
-
-
-@torch.no_grad()
-def _resumed_logits(
-    model: TransformersModel, ids: torch.Tensor, site: ResidualSite, residuals: torch.Tensor, keep: torch.Tensor
-) -> torch.Tensor:
-    """Logits at some positions when the residual at a site is given; the blocks up to it do not run."""
-    with ATOTrace(model, input_ids=ids, use_cache=False, logits_to_keep=keep) as t:
-        t.resume(site, residuals)
-        logits: torch.Tensor = save(t.logits)
-    return logits
+    bootstrap = Bootstrap(documents, seed)
+    delta = {name: changes[:, number, 1] for number, name in enumerate(names)}
+    intervals = {name: bootstrap.interval(values) for name, values in delta.items()}
+    mean = intervals.get("mean")
+    usable = mean is not None and not mean.low <= 0 <= mean.high
+    effects = {}
+    for number, name in enumerate(names):
+        values = changes[:, number]
+        means = bootstrap.by_document(delta[name])
+        moved = means[means != 0]
+        compared = "transport" in delta and name != "transport"
+        diluted = bootstrap.interval(values[:, 0])
+        effects[name] = Effect(
+            log_perplexity=log_perplexity + diluted.value,
+            delta_loss_diluted=diluted,
+            delta_loss=intervals[name],
+            delta_loss_at_edit=bootstrap.interval(values[:, 2]),
+            minus_transport=bootstrap.interval(delta[name] - delta["transport"]) if compared else None,
+            kl=float(values[:, 3].mean()),
+            loss_recovered_mean=1 - intervals[name].value / mean.value if mean is not None and usable else float("nan"),
+            sign_test=float(binomtest(int((moved > 0).sum()), len(moved)).pvalue) if len(moved) else 1.0,
+            per_sequence=values[:, 1:],
+        )
+    return effects
 
 
 class Bootstrap:

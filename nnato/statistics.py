@@ -43,11 +43,23 @@ class ResidualBatch:
         Raises:
             ActivationError: With the place of the first one: `block`, `position`, `site` and `value` are set.
         """
-        bad = ~torch.isfinite(self.residuals)
-        bad &= (self.ordinary | self.excluded)[None, :, :, None]
-        if bool(bad.any()):
-            site, block, position, _ = place = torch.nonzero(bad)[0].tolist()
-            raise NonFinite(block, position, self.sites[site], float(self.residuals[tuple(place)]))
+        if place := non_finite(self.residuals, self.ordinary | self.excluded):
+            site, block, position, value = place
+            raise NonFinite(block, position, self.sites[site], value)
+
+
+def non_finite(residuals: torch.Tensor, real: torch.Tensor) -> tuple[int, int, int, float] | None:
+    """Site number, block, position and value of the first NaN or infinity at a real token, if there is one.
+
+    Args:
+        residuals: Float (sites, blocks, positions, d_model).
+        real: bool (blocks, positions).
+    """
+    bad = ~torch.isfinite(residuals) & real[None, :, :, None]
+    if not bool(bad.any()):
+        return None
+    place = torch.nonzero(bad)[0].tolist()
+    return place[0], place[1], place[2], float(residuals[tuple(place)])
 
 
 class NonFinite(ActivationError):

@@ -12,30 +12,29 @@ are those of nnsight 0.8; `tests/test_trace.py` holds them to it.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any
 
-with contextlib.suppress(ImportError, TypeError):
-    # nnsight mounts `.save` on `object`; anyio must have defined its classes before that, or it refuses to define them (TypeError, if the
-    # user imported nnsight first; then only nnsight's asynchronous backends are lost).
-    import anyio._backends._asyncio  # noqa: F401
-import nnsight
 import torch
 from greenlet import getcurrent
-from nnsight import TransformersModel, save
-from nnsight.intervention.interleaver import Mediator, OutOfOrderError
-from nnsight.intervention.tracer import InterleavingTracer
-from nnsight.intervention.util import clear_shared_locals
-from nnsight.tracing.tracer import Tracer, _saves, mark, push_result
-from nnsight.tracing.util import push
 
 from nnato.errors import ModelError, PositionError, SiteError
+from nnato.nnsight_setup import (
+    InterleavingTracer,
+    Mediator,
+    OutOfOrderError,
+    Tracer,
+    TransformersModel,
+    _saves,
+    clear_shared_locals,
+    mark,
+    push,
+    push_result,
+    save,
+)
 from nnato.sites import ResidualSite
-
-nnsight.register("nnato")  # so that nnsight ships this package's classes and functions by value
 
 __all__ = ["ATOTrace", "Residual", "TransformersModel", "find_blocks", "save"]
 
@@ -122,12 +121,16 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
     Args:
         model: What `load_model` returned, or any nnsight `TransformersModel`.
         inputs: A prompt, prompts, or token ids, as nnsight takes them. Several prompts are padded on the left.
-        remote: False to run here; True, "local" or a URL as in nnsight's `trace`.
+        remote: False to run here; True, "local" or a URL as in nnsight's `trace`. What goes wrong is raised as `RemoteError`.
+        backend: An nnsight backend to run the block instead, e.g. one of a `DryRunServer`.
         forward: Keyword arguments of the model's forward, e.g. `input_ids=`, `use_cache=False`.
     """
 
-    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, **forward: Any) -> None:
-        backend = model._remote_backend(remote, True, None, False) if remote else None
+    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, backend: Any = None, **forward: Any) -> None:
+        if backend is None and remote:
+            from nnato.remote import live_backend  # never on a server: what a class names at the top travels with it
+
+            backend = live_backend(model, remote)
         InterleavingTracer.__init__(self, model, model._call, *inputs, backend=backend, **forward)
         self.blocks_path, self.n_blocks, _ = find_blocks(model._module)
         self.queue: list[tuple[str, tuple[Any, ...]]] = []
@@ -215,6 +218,18 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
             raise SiteError("resume from 'embed' would skip nothing: use patch('embed', …)")
         self._edit("_resume", [ResidualSite.EMBED, last], value)
 
+    def skip_after(self, site: int | str | ResidualSite) -> None:
+        """Let no block behind `site` run, when nothing behind it matters. Unlike `t.stop()` it also works in every job of a server.
+
+        The rest of the model (final norm, head) sees the residual at `site`.
+
+        Raises:
+            SiteError: The model has no such site.
+        """
+        last = ResidualSite.parse(site, self.n_blocks)
+        if last < self.n_blocks - 1:
+            self._edit("_skip_after", [last])
+
     def _edit(self, method: str, sites: list[ResidualSite], *arguments: Any) -> None:
         call = (method, (*sites, *arguments))
         if _worker() is None:
@@ -244,6 +259,11 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         parameter = next(self.envoy._module.parameters())
         value = value.to(parameter.device, parameter.dtype)
         for block in range(last + 1):
+            self._block(ResidualSite(block)).skip(value)
+
+    def _skip_after(self, last: ResidualSite) -> None:
+        value = self._read(last)
+        for block in range(last + 1, self.n_blocks):
             self._block(ResidualSite(block)).skip(value)
 
     # ---- the model -----------------------------------------------------------------------------------------------------

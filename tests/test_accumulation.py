@@ -22,9 +22,10 @@ from nnato.accumulation import FILE, KIND, SINK_RATIO, TokenClasses, accumulate,
 from nnato.corpus import SPLITS, TokenBatch
 from nnato.errors import ActivationError, FileFormatError, MomentsError, OutputError, SiteError, TextError
 from nnato.models import describe, wrap
-from nnato.moments import Moments, TransportMoments
+from nnato.moments import Moments
 from nnato.sites import ResidualSite
 from nnato.storage import read_artifact, write_artifact
+from nnato.transport_moments import TransportMoments
 
 PAIRS = [("embed", 1), (0, 3)]
 SITES = [ResidualSite.EMBED, ResidualSite(0), ResidualSite(1), ResidualSite(3)]
@@ -86,15 +87,15 @@ def test_sinks_are_found_at_any_site_and_counted():
         fold=0,
     )
     classes = TokenClasses()
-    assert classes.ordinary(tokens, residuals).tolist() == [[False, True, True, True, False, False]]
+    assert classes.ordinary(tokens.ids, tokens.mask, tokens.special, residuals).tolist() == [[False, True, True, True, False, False]]
     assert classes.excluded == {"special": 1, "first_position": 0, "sink": 1}
     assert classes.sinks == Counter({10: 1})
     assert classes.medians is not None
     frozen = classes.medians.clone()
-    classes.ordinary(tokens, residuals * 50)
+    classes.ordinary(tokens.ids, tokens.mask, tokens.special, residuals * 50)
     assert torch.equal(classes.medians, frozen)
     plain = TokenBatch(tokens.ids, tokens.mask, torch.zeros_like(tokens.special), tokens.documents, "train", 0)
-    assert TokenClasses().ordinary(plain, residuals).tolist() == [[False, True, True, True, False, False]]
+    assert TokenClasses().ordinary(plain.ids, plain.mask, plain.special, residuals).tolist() == [[False, True, True, True, False, False]]
 
 
 def test_no_activation_is_kept_on_disk(model, corpus, tmp_path):
@@ -354,7 +355,7 @@ def test_missing_and_foreign_parts_are_refused(model, corpus, tmp_path):
 def test_a_first_batch_of_special_tokens_is_refused():
     tokens = TokenBatch(torch.ones(1, 3, dtype=torch.int64), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([1]), "train", 0)
     with pytest.raises(TextError, match="holds special tokens and first positions only"):
-        TokenClasses().ordinary(tokens, torch.ones(1, 1, 3, 4))
+        TokenClasses().ordinary(tokens.ids, tokens.mask, tokens.special, torch.ones(1, 1, 3, 4))
 
 
 def test_the_cache_is_keyed_by_contents(model, corpus, tokenizer, monkeypatch):

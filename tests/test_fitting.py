@@ -15,13 +15,13 @@ from nnato.errors import MomentsError, SiteError
 from nnato.fitting import BASELINES, fit, operator_file
 from nnato.intervals import share_explained
 from nnato.metrics import METRICS
-from nnato.moments import TransportMoments
 from nnato.operators import TransportOperator
 from nnato.regression import Regression
 from nnato.ridge import KAPPAS
 from nnato.selection import PAPER_ALPHAS, Method
 from nnato.sites import ResidualSite
 from nnato.statistics import ResidualBatch
+from nnato.transport_moments import TransportMoments
 
 S, T = ResidualSite(1), ResidualSite(3)
 
@@ -39,7 +39,7 @@ def materialise(model, corpus, tokens):
     for numbers in blocks.plan(8):
         batch = blocks.batch(numbers)
         residuals = capture(model, batch.ids, sites)
-        ordinary = classes.ordinary(batch, residuals)
+        ordinary = classes.ordinary(batch.ids, batch.mask, batch.special, residuals)
         rows.setdefault(batch.split, []).append(residuals[:, ordinary if tokens == "ordinary" else batch.mask].double())
     return {split: torch.cat(value, dim=1).numpy() for split, value in rows.items()}
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnato.errors import ActivationError, MomentsError
-from nnato.moments import Moments, TransportMoments
+from nnato.moments import Moments
 from nnato.sites import ResidualSite
 from nnato.statistics import NonFinite, ResidualBatch
+from nnato.transport_moments import TransportMoments
 
 SITES = tuple(map(ResidualSite, (0, 2, 5)))
 PAIRS = ((SITES[0], SITES[1]), (SITES[0], SITES[2]), (SITES[1], SITES[2]))

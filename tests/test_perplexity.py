@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import BLOCKS, WIDTH, hook_residuals, make_module
 
-from nnato import perplexity
-from nnato.edits import INTERVENTIONS, Positions, intervention
+from nnato import losses, perplexity
+from nnato.edits import INTERVENTIONS, Positions, intervention, pick
 from nnato.errors import ActivationError, OperatorError, PositionError, SiteError, TextError
 from nnato.models import describe, wrap
 from nnato.operators import TransportOperator
@@ -82,7 +82,7 @@ def test_effects_equal_a_hook_based_reference(any_model, corpus, pair):
 def test_few_rows_per_pass_make_no_difference(model, corpus, monkeypatch):
     operator = make_operator(0, 2)
     whole = ablate(model, [operator], corpus, sequences=3, positions=4)[0]
-    monkeypatch.setattr(perplexity, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 1)
     single = ablate(model, [operator], corpus, sequences=3, positions=4)[0]
     for name in whole.effects:
         np.testing.assert_allclose(single.effects[name].per_sequence, whole.effects[name].per_sequence, atol=1e-5)
@@ -120,7 +120,7 @@ def test_tokens_that_are_sinks_anywhere_in_the_fit_are_not_edited(model, corpus)
 
 def test_sinks_are_not_edited(model, corpus):
     medians = {"0": 1e-6, "2": 1e6}  # every token is a sink at site 0
-    with pytest.raises(PositionError, match="sequence 0 has 0 ordinary tokens to edit, not 5"):
+    with pytest.raises(PositionError, match="sequence 0 has 0 ordinary tokens to edit at the given positions, not 5"):
         ablate(model, [make_operator(0, 2, details={"medians": medians})], corpus, sequences=2)
 
 
@@ -143,13 +143,13 @@ def test_a_perfect_operator_loses_nothing(model, corpus):
 
 def test_summaries_of_known_effects():
     """Six sequences of three documents; columns: diluted Δ, Δ from the first edit, Δ at the edits, KL."""
-    operator = make_operator(0, 2)
-    run = perplexity._Run(operator, {"transport": operator, "mean": operator, "zero": operator}, np.arange(6))
+    names = ("transport", "mean", "zero")
+    changes = np.zeros((6, 3, 4))
     base = np.array([0.9, 1.1, 1.0, 1.0, 1.2, 0.8])
-    for name, scale in (("transport", 0.25), ("mean", 1.0), ("zero", 3.0)):
-        run.values[name] = np.stack([0.1 * scale * base, scale * base, 2 * scale * base, scale * base / 2], axis=1)
-    documents, clean = np.array([5, 5, 6, 6, 7, 7]), torch.full((6, 9), 2.5, dtype=torch.float64)
-    effects = run.effects(clean, documents, 0)
+    for number, scale in enumerate((0.25, 1.0, 3.0)):
+        changes[:, number] = np.stack([0.1 * scale * base, scale * base, 2 * scale * base, scale * base / 2], axis=1)
+    documents = np.array([5, 5, 6, 6, 7, 7])
+    effects = perplexity.effects_of(names, changes, 2.5, documents, 0)
     assert effects["transport"].loss_recovered_mean == pytest.approx(0.75)
     assert effects["zero"].loss_recovered_mean == pytest.approx(-2)
     assert effects["mean"].loss_recovered_mean == pytest.approx(0)
@@ -158,9 +158,10 @@ def test_summaries_of_known_effects():
     assert effects["transport"].minus_transport is None
     assert effects["zero"].kl == pytest.approx(1.5)
     assert effects["zero"].sign_test == pytest.approx(0.25)  # three documents, all worse: 2 · (1/2)³
-    run.values["mean"][:, 1] = [1, 1, -1, -1, 0, 0]
-    assert np.isnan(run.effects(clean, documents, 0)["transport"].loss_recovered_mean)
-    assert run.effects(clean, documents, 0)["mean"].to_json()["loss_recovered_mean"] is None
+    changes[:, 1, 1] = [1, 1, -1, -1, 0, 0]
+    effects = perplexity.effects_of(names, changes, 2.5, documents, 0)
+    assert np.isnan(effects["transport"].loss_recovered_mean)
+    assert effects["mean"].to_json()["loss_recovered_mean"] is None
 
 
 def test_interventions_are_maps(model):
@@ -205,12 +206,16 @@ def test_positions_that_no_sequence_has_are_refused():
 
 
 def test_positions_keep_to_ordinary_tokens():
-    ordinary = torch.tensor([False, True, False, True, True, True])
-    assert Positions().choose(ordinary, 0, 0) == [1, 3, 4]  # the last token has no successor
-    assert Positions(explicit=(2, 3)).choose(ordinary, 0, 0) == [3]
-    with pytest.raises(PositionError, match="sequence 7 has no ordinary token at positions 2,"):
-        Positions(explicit=(2,)).choose(ordinary, 0, 7)
-    drawn = {tuple(Positions(count=2).choose(ordinary, 0, sequence)) for sequence in range(50)}
+    ordinary = [False, True, False, True, True, True]
+
+    def choose(positions, sequence):
+        return pick(positions.order(6, 0, sequence), positions.count, ordinary, sequence)
+
+    assert choose(Positions(), 0) == [1, 3, 4]  # the last token has no successor
+    assert choose(Positions(explicit=(2, 3)), 0) == [3]
+    with pytest.raises(PositionError, match="sequence 7 has 0 ordinary tokens to edit at the given positions, not 1"):
+        choose(Positions(explicit=(2,)), 7)
+    drawn = {tuple(choose(Positions(count=2), sequence)) for sequence in range(50)}
     assert drawn == {(1, 3), (1, 4), (3, 4)}
     assert "3 random" in Positions(count=3).describe()
     assert Positions(explicit=(2, 3)).describe() == "positions 2, 3"

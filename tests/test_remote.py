@@ -6,10 +6,10 @@ import nnsight
 import pytest
 import torch
 from conftest import ARCHITECTURES, BLOCKS, WIDTH, hook_residuals, make_module, make_tokenizer
-from ndif_double import NdifDouble
-from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling import huggingface
 
+from nnato.dry_run import DryRunServer
+from nnato.errors import RemoteError
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace, TransformersModel
@@ -24,7 +24,7 @@ def served(request, tmp_path_factory):
     module = make_module(request.param)
     module.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    server = NdifDouble(folder)
+    server = DryRunServer(folder)
     patch = pytest.MonkeyPatch()
     patch.setitem(huggingface._ID_CACHE, folder, folder)
     patch.setattr(TransformersModel, "_remote_backend", lambda self, *arguments: server.backend(self))

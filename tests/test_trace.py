@@ -46,7 +46,8 @@ def test_capture_stops_early_and_equals_a_forward_hook(any_model):
     seen, _ = hook_residuals(any_model._module, IDS)
     ran = []
     blocks = next(m for m in any_model._module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
-    handle = blocks[-1].register_forward_hook(lambda *_: ran.append(True))
+    inside = next(child for child in blocks[-1].modules() if not list(child.children()))
+    handle = inside.register_forward_hook(lambda *_: ran.append(True))
     got = capture(any_model, IDS, [ResidualSite.EMBED, ResidualSite(0), ResidualSite(2)])
     assert not ran
     handle.remove()

@@ -17,13 +17,13 @@ from nnato import __version__
 from nnato.errors import NnatoError
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
     from rich.console import Console
     from rich.table import Table
 
     from nnato.accumulation import Accumulated
     from nnato.corpus import Corpus
     from nnato.fitting import Fit
+    from nnato.nnsight_setup import TransformersModel
     from nnato.perplexity import AblationResult
     from nnato.sites import Pair
     from nnato.statistics import Progress
