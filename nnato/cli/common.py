@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
     from nnato.accumulation import Accumulated
     from nnato.corpus import Corpus
+    from nnato.efficiency import Efficiency, PaperEfficiency
     from nnato.fitting import Fit
+    from nnato.intervals import Interval
     from nnato.nnsight_setup import TransformersModel
     from nnato.perplexity import AblationResult
+    from nnato.scaling import Scaling
     from nnato.sites import Pair
     from nnato.statistics import Progress
 
@@ -65,6 +68,11 @@ text_options = options(
 )
 batch_option = click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+metric_option = click.option(
+    "--metric",
+    type=click.Choice(["variance_weighted", "uniform", "whitened"]),
+    help="The R² that chooses the penalty, and is shown.  [default: variance_weighted]",
+)
 pair_options = options(
     click.option("--pairs", help="source:target[,…], for example 9:12,12:17."),
     click.option("--source", help="A source site; with --leap."),
@@ -167,6 +175,52 @@ def parse_pair_options(pairs: str | None, source: str | None, leap: str | None, 
     return None
 
 
+def open_moments(path: Path | None, progress: Progress) -> Accumulated:
+    """The moments in a folder; without one those of the embedded model and text, cached."""
+    from nnato.accumulation import accumulate_cached, load_moments
+
+    if path is not None:
+        return load_moments(path)
+    return accumulate_cached(load(None, None, "float32", progress), progress=progress)
+
+
+def accumulated_pairs(accumulated: Accumulated, pairs: str | None, source: str | None, leap: str | None) -> tuple[Pair, ...] | None:
+    """The pairs that the options name; of all leaps asked for, those that were accumulated. None without these options."""
+    chosen = parse_pair_options(pairs, source, leap, accumulated.model["blocks"])
+    if source is not None and chosen is not None:
+        return tuple(pair for pair in chosen if pair in accumulated.moments.pairs) or chosen
+    return chosen
+
+
+def pairs_to_target(accumulated: Accumulated, target: str | None, leap: str | None) -> tuple[Pair, ...] | None:
+    """The accumulated pairs that --target names, with --leap those at these leaps; None without these options."""
+    from nnato.errors import SiteError
+    from nnato.sites import ResidualSite, parse_leaps
+
+    if target is None:
+        if leap is not None:
+            raise SiteError("--leap belongs to --target here, for example --target 10 --leap 1,3,7,10")
+        return None
+    end = ResidualSite.parse(target, accumulated.model["blocks"])
+    leaps = None if leap is None else parse_leaps(leap)
+    found = tuple(pair for pair in accumulated.moments.pairs if pair[1] == end and (leaps is None or pair[1] - pair[0] in leaps))
+    if not found:
+        raise SiteError(f"the moments hold no pair with target {end}" + ("" if leap is None else " at these leaps"))
+    return found
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """Read a comma-separated list of ranks."""
+    from nnato.errors import MomentsError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise MomentsError(f"ranks {text!r}: write for example 1,10,100")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def console() -> Console:
     """Where tables go."""
     from rich.console import Console
@@ -181,16 +235,7 @@ def say(text: str) -> None:
 
 def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any, seed: int = 0) -> None:
     """The one JSON object of a command; what is not a number becomes null."""
-    import math
-
     from nnato.storage import SCHEMA, provenance
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     record = {
         "schema": SCHEMA,
@@ -199,7 +244,7 @@ def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any,
         "text": text,
         "seed": seed,
         "command": provenance()["command"],
-        "results": clean(results),
+        "results": finite(results),
     }
     click.echo(json.dumps(record, allow_nan=False))
 
@@ -220,22 +265,124 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def show_fits(fits: list[Fit], metric: str) -> None:
     """Table of held-out R²."""
     title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
-    table = _table(title, ("pair", "operator", "ident.", "+shift", "mean", "shuffled", "skill", "all tok.", "κ"))
+    columns = ("pair", "operator", "ident.", "+shift", "scaled", "rand.", "shuf.", "skill", "all tok.", "penalty")
+    table = _table(title, columns)
     for fit in fits:
-        base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in ("identity", "identity_shift", "mean", "shuffled")]
+        names = ("identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled")
+        base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in names]
         table.add_row(
             f"{fit.operator.source} → {fit.operator.target}",
-            f"[bold]{fit.r2[metric]:.3f}[/]",
+            f"[bold]{_with_error(fit.r2_intervals[metric])}[/]",
             *(f"{value:.2f}" for value in base),
             f"{fit.skill_over_identity[metric]:.2f}",
             f"{fit.r2_all_tokens[metric]:.2f}",
-            f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}",
+            f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}{'' if fit.converged else '!'}",
         )
     console().print(table)
-    notes = "ident.: x itself; +shift: x moved by the difference of means; skill: 1 - error / error of +shift; "
-    notes += "all tok.: fitted and scored with special, first and sink tokens too; κ: penalty."
+    notes = (
+        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; scaled: the "
+        "best multiple of it; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all "
+        "tok.: fitted and scored with special, first and sink tokens too."
+    )
     if any(fit.at_edge for fit in fits):
         notes += " *: an end of the grid."
+    if not all(fit.converged for fit in fits):
+        notes += " !: did not converge."
+    console().print(notes, style="dim", highlight=False)
+    if any(fit.composed for fit in fits):
+        _show_compositions(fits, metric)
+
+
+def _with_error(interval: Interval) -> str:
+    """A number with half the width of its interval."""
+    half = (interval.high - interval.low) / 2
+    return f"{interval.value:.3f}" + (f"±{half:.3f}".replace("±0.", "±.") if half == half else "")
+
+
+def _show_compositions(fits: list[Fit], metric: str) -> None:
+    """Table of operators against compositions of two that lead to the same target."""
+    table = _table("R² of one operator and of two in a row", ("pair", "through", "direct", "composed"))
+    for fit in fits:
+        for site, scores in fit.composed.items():
+            pair = f"{fit.operator.source} → {fit.operator.target}"
+            table.add_row(pair, str(site), f"{fit.r2[metric]:.3f}", f"{scores[metric]:.3f}")
+    console().print(table)
+
+
+def show_efficiencies(results: list[Efficiency]) -> None:
+    """Tables of ceilings, sizes of the subspace, and efficiencies."""
+    from nnato.cca import participation_ratio
+
+    columns = ("pair", "in sample", "cross-fit", "debiased", "noise", "n_eff", "LTS", "90 %", "PR", "PR shuf.")
+    table = _table("Σρ² of source and target, and size of the transport subspace", columns)
+    for result in results:
+        found = result.correlations
+        table.add_row(
+            f"{result.pair[0]} → {result.pair[1]}",
+            f"{float(found.rho.square().sum()):.1f}",
+            f"{float(found.cross_fitted.sum()):.1f}" if len(found.cross_fitted) else "-",
+            f"[bold]{result.sum_debiased.value:.1f}[/]" + _half(result.sum_debiased),
+            f"{found.noise_floor:.1f}",
+            f"{found.size.n:,.0f}",
+            f"[bold]{found.dimensions}[/]",
+            str(found.rank_for(0.9)),
+            f"{participation_ratio(found.rho):.0f}",
+            f"{participation_ratio(found.null):.0f}",
+        )
+    console().print(table)
+    width = results[0].correlations.width
+    notes = (
+        f"of {width} dimensions. noise: what independent data would give in sample; n_eff: independent tokens that the training tokens are "
+        "worth; LTS: canonical correlations above the noise edge, less those of position alone; 90 %: rank that reaches 90 % of debiased; "
+        "PR: the paper's participation ratio, which is about as large for shuffled pairs."
+    )
+    console().print(notes, style="dim", highlight=False)
+    for first in range(0, len(results), 5):
+        some = results[first : first + 5]
+        table = _table("η(r): whitened R² on test / debiased ceiling", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        ranks = sorted({point.rank for one in some for point in one.points})
+        for rank in [*ranks[:-1:3], ranks[-1]] if len(ranks) > 10 else ranks:
+            found_points = [next((point for point in one.points if point.rank == rank), None) for one in some]
+            table.add_row(str(rank), *(_with_error(point.efficiency) if point else "-" for point in found_points))
+        console().print(table)
+    notes = (
+        "± is a 95 % interval over training and test documents. At full rank what is missing from 1 is mostly estimation, not the model."
+    )
+    console().print(notes, style="dim", highlight=False)
+
+
+def _half(interval: Interval) -> str:
+    half = (interval.high - interval.low) / 2
+    return f"±{half:.0f}" if half == half else ""
+
+
+def show_paper_efficiencies(results: list[PaperEfficiency]) -> None:
+    """Table of efficiencies by the paper's protocol."""
+    table = _table("Efficiency as in the paper", ("pair", "α", "dim_lin", "mean η", "η at ranks"))
+    for result in results:
+        shown = [(rank, value) for rank, value in zip(result.ranks, result.efficiency, strict=True)]
+        few = [*shown[: -1 : max(1, len(shown) // 3)], shown[-1]]
+        table.add_row(
+            f"{result.pair[0]} → {result.pair[1]}",
+            f"{result.alpha:g}",
+            f"{result.dim_lin:.0f}",
+            f"{result.mean_efficiency:.2f}",
+            "  ".join(f"{rank}: {value:.2f}" for rank, value in few),
+        )
+    console().print(table)
+
+
+def show_scalings(results: list[Scaling], metric: str) -> None:
+    """Table of R² against training tokens."""
+    for first in range(0, len(results), 5):
+        some = results[first : first + 5]
+        title = f"R² on test documents ({metric.replace('_', '-')}) against training tokens"
+        table = _table(title, ("tokens", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        for number, point in enumerate(some[0].points):
+            table.add_row(f"{point.tokens:,}", *(_with_error(one.points[number].r2[metric]) for one in some))
+        table.add_row("per doubling", *(f"{one.per_doubling(metric):+.3f}" for one in some), style="bold")
+        console().print(table)
+    notes = "± is a 95 % interval over test documents; per doubling: what the last doubling of the tokens brought."
     console().print(notes, style="dim", highlight=False)
 
 
@@ -285,5 +432,32 @@ def write_json(path: Path, record: Any) -> Path:
     from nnato.storage import atomic
 
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write a table atomically; the columns are the keys of the first row."""
+    import csv
+    import io
+
+    from nnato.storage import atomic
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(path) as temporary:
+        temporary.write_text(text.getvalue())
+    return path
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for what is not a number."""
+    import math
+
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
