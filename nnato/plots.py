@@ -154,8 +154,7 @@ def correlation_spectra(results: Sequence[Efficiency], path: Path, about: str) -
             if len(values):
                 axes.plot(range(1, len(values) + 1), values.tolist(), label=name, color=colour, linewidth=1.2)
         axes.axhline(found.size.edge, color="black", linewidth=0.8, linestyle="--", label="noise edge")
-        title = f"{result.pair[0]} → {result.pair[1]}: {found.dimensions} dimensions above the noise edge"
-        axes.set_title(title, fontsize=9)
+        axes.set_title(f"{result.pair[0]} → {result.pair[1]}: transport subspace of {found.dimensions} dimensions", fontsize=9)
         axes.set_ylabel("ρ²")
         axes.set_ylim(-0.03, 1.03)
     for axes in panels[len(results) :]:

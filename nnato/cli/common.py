@@ -346,7 +346,8 @@ def show_efficiencies(results: list[Efficiency]) -> None:
             table.add_row(str(rank), *(_with_error(point.efficiency) if point else "-" for point in found_points))
         console().print(table)
     notes = (
-        "± is a 95 % interval over training and test documents. At full rank what is missing from 1 is mostly estimation, not the model."
+        "± is a 95 % interval over training and test documents. What is missing from 1 at full rank is estimation (too little text, "
+        "shrinkage, another whitening of test documents), not a property of the model."
     )
     console().print(notes, style="dim", highlight=False)
 
