@@ -26,6 +26,8 @@ from transformers import (
 
 from nnato.corpus import Corpus
 from nnato.models import wrap
+from nnato.operators import TransportOperator
+from nnato.sites import ResidualSite
 from nnato.storage import cache_dir
 
 VOCABULARY = 97
@@ -140,13 +142,17 @@ def own_cache(request, tmp_path, monkeypatch):
     monkeypatch.setenv("NNATO_CACHE", str(tmp_path / "cache"))
 
 
-def hook_residuals(module, ids, edits=()):
+def hook_residuals(module, ids, edits=(), **forward):
     """Residuals of every block by plain forward hooks, and the logits: the independent reference. edits: {block: function}."""
     blocks = next(m for n, m in module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
     seen, handles = {}, []
 
     def before(_, args, kwargs):
         seen["embed"] = args[0] if args else kwargs["hidden_states"]
+        if "embed" in dict(edits):
+            seen["embed"] = dict(edits)["embed"](seen["embed"], seen)
+            return ((seen["embed"], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": seen["embed"]})
+        return None
 
     handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
     for number, block in enumerate(blocks):
@@ -162,8 +168,36 @@ def hook_residuals(module, ids, edits=()):
         handles.append(block.register_forward_hook(after))
     try:
         with torch.no_grad():
-            logits = module(input_ids=ids, use_cache=False).logits
+            logits = module(input_ids=ids, use_cache=False, **forward).logits
     finally:
         for handle in handles:
             handle.remove()
     return seen, logits
+
+
+def make_operator(source, target):
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,))]
+    return TransportOperator(ResidualSite.parse(source), ResidualSite.parse(target), *tensors, details={"secret": "stays here"})
+
+
+def put(positions, value):
+    """A hook's edit: `value`, or a function of the residuals seen so far, at positions of the sequence that exist already."""
+
+    def edit(residual, seen):
+        new = value(seen) if callable(value) else value
+        at = range(residual.shape[1])[positions] if isinstance(positions, slice) else [p for p in positions if p < residual.shape[1]]
+        residual = residual.clone()
+        residual[:, list(at)] = new[:, list(at)] if isinstance(new, torch.Tensor) and new.dim() == 3 else torch.as_tensor(new).to(residual)
+        return residual
+
+    return edit
+
+
+def hook_generate(module, ids, edits, steps):
+    """Greedy generation without a cache and without end: one full pass per token, edited by forward hooks."""
+    for _ in range(steps):
+        logits = hook_residuals(module, ids, edits)[1][:, -1].clone()
+        logits[:, 2] = -torch.inf  # the end of the sequence
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
