@@ -153,7 +153,8 @@ class TransportOperator(AffineMap):
 
 def constant(pair: Pair, value: torch.Tensor, name: str) -> TransportOperator:
     """`ŷ = value` whatever x is; float64 (d_model,)."""
-    return TransportOperator(*pair, value.new_zeros(len(value), len(value)), torch.zeros_like(value), value, name)
+    nothing = value.new_zeros(1, 1).expand(len(value), len(value))  # one number in memory, and on the way to a server
+    return TransportOperator(*pair, nothing, torch.zeros_like(value), value, name)
 
 
 def identity(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor, name: str = "identity_shift") -> TransportOperator:
