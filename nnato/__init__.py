@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nnato.accumulation import Accumulated, accumulate, load_moments
+    from nnato.cca import CanonicalCorrelations, canonical_correlations
     from nnato.corpus import Corpus
+    from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
     from nnato.moments import Moments
     from nnato.operators import TransportOperator
     from nnato.perplexity import AblationResult, ablate
+    from nnato.selection import Method
     from nnato.sites import ResidualSite
     from nnato.trace import ATOTrace
     from nnato.transport_moments import TransportMoments
@@ -28,8 +31,11 @@ _HOMES = {
     "ATOTrace": "trace",
     "AblationResult": "perplexity",
     "Accumulated": "accumulation",
+    "CanonicalCorrelations": "cca",
     "Corpus": "corpus",
+    "Efficiency": "efficiency",
     "Fit": "fitting",
+    "Method": "selection",
     "Moments": "moments",
     "NnatoError": "errors",
     "ResidualSite": "sites",
@@ -37,17 +43,22 @@ _HOMES = {
     "TransportOperator": "operators",
     "ablate": "perplexity",
     "accumulate": "accumulation",
+    "canonical_correlations": "cca",
     "fit": "fitting",
     "load_model": "models",
     "load_moments": "accumulation",
+    "transport_efficiency": "efficiency",
 }
 
 __all__ = [
     "ATOTrace",
     "AblationResult",
     "Accumulated",
+    "CanonicalCorrelations",
     "Corpus",
+    "Efficiency",
     "Fit",
+    "Method",
     "Moments",
     "NnatoError",
     "ResidualSite",
@@ -56,9 +67,11 @@ __all__ = [
     "__version__",
     "ablate",
     "accumulate",
+    "canonical_correlations",
     "fit",
     "load_model",
     "load_moments",
+    "transport_efficiency",
 ]
 
 

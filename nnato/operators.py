@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from nnato.errors import FileFormatError, OperatorError, SiteError
+from nnato.linalg import random_orthogonal
+from nnato.regression import Regression
 from nnato.sites import Pair, ResidualSite, make_pair
 from nnato.storage import read_artifact, require, write_artifact
 
@@ -76,7 +78,8 @@ class TransportOperator(AffineMap):
         weight: float64 (d_x, d_y), acting on row vectors: the transpose of scikit-learn's `coef_`.
         source_mean: x̄, float64 (d_x,), mean of the training tokens at the source.
         target_mean: ȳ, float64 (d_y,), at the target.
-        name: What kind of map it is: `transport`, `identity`, `identity_shift`, `mean`, `shuffled`, `zero`, `null_input`.
+        name: What kind of map it is: `transport`, `composed`, or a baseline: `mean`, `identity`, `identity_shift`, `identity_scaled`,
+            `random_orthogonal`, `shuffled`, `zero`, `null_input`.
         details: Where it comes from, in JSON: penalty, model, text, token counts, versions.
     """
 
@@ -163,8 +166,21 @@ def identity(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor, n
     return TransportOperator(*pair, eye, source_mean, target_mean, name)
 
 
+def scaled_identity(pair: Pair, train: Regression) -> TransportOperator:
+    """`ŷ = ȳ + s (x - x̄)` with the best scalar s: the skip connection, if the stream only grows or shrinks."""
+    scale = train.xy.trace() / train.xx.trace()
+    eye = torch.eye(len(train.x_mean), dtype=torch.float64, device=train.xx.device)
+    return TransportOperator(*pair, scale * eye, train.x_mean, train.y_mean, "identity_scaled")
+
+
+def random_rotation(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor, seed: int = 0) -> TransportOperator:
+    """`ŷ = ȳ + (x - x̄) O` with a random orthogonal O: as much variance as the identity, in the wrong directions."""
+    rotation = random_orthogonal(len(source_mean), seed, source_mean.device)
+    return TransportOperator(*pair, rotation, source_mean, target_mean, "random_orthogonal", {"seed": seed})
+
+
 def baselines(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor) -> dict[str, TransportOperator]:
-    """The maps a fitted operator has to beat: `mean`, `identity` (`ŷ = x`) and `identity_shift` (`ŷ = x + ȳ - x̄`; METHODS §4.7).
+    """Maps that need only the means: `mean`, `identity` (`ŷ = x`) and `identity_shift` (`ŷ = x + ȳ - x̄`; METHODS §4.7).
 
     Args:
         pair: (source, target).
@@ -177,3 +193,19 @@ def baselines(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor) 
         "identity": identity(pair, zero, zero, "identity"),
         "identity_shift": identity(pair, source_mean, target_mean),
     }
+
+
+def compose(first: TransportOperator, second: TransportOperator) -> TransportOperator:
+    """The map from the source of the first to the target of the second, by way of the site between them: `second(first(x))`.
+
+    Raises:
+        OperatorError: The first does not end where the second begins.
+    """
+    if first.target != second.source:
+        raise OperatorError(
+            f"operators {first.source}:{first.target} and {second.source}:{second.target} cannot be composed: the first has to end "
+            "where the second begins"
+        )
+    target_mean = second.target_mean + (first.target_mean - second.source_mean) @ second.weight
+    details = {"through": first.target.key}
+    return TransportOperator(first.source, second.target, first.weight @ second.weight, first.source_mean, target_mean, "composed", details)

@@ -14,6 +14,7 @@ from nnato.accumulation import default_corpus, tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.edits import DEFAULT_INTERVENTIONS, INTERVENTIONS, Positions, intervention
 from nnato.errors import ActivationError, OperatorError, RemoteError, TextError
+from nnato.intervals import Interval
 from nnato.losses import Item, Run, measure_all
 from nnato.models import ModelInfo, describe
 from nnato.nnsight_setup import save
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over sequences with its 95 % interval, bootstrapped over documents."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        """As in `--json`."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)

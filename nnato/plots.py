@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nnato.fitting import Fit
-from nnato.perplexity import AblationResult, Interval
+from nnato.intervals import Interval
+from nnato.perplexity import AblationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,130 +1,244 @@
-"""Ridge regression from moments: one eigendecomposition per source serves every penalty and every target (METHODS: §§4.2, 4.3)."""
+"""Ridge regression from moments: one eigendecomposition per source serves every penalty and every target (METHODS: §§4.2-4.5)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nnato.errors import MomentsError
 from nnato.linalg import Spectrum, spectrum
-from nnato.metrics import Weighting
-from nnato.moments import Moments
-from nnato.sites import ResidualSite
+from nnato.metrics import Weighting, weighting
+from nnato.regression import Frame, Regression
 
 KAPPAS: tuple[float, ...] = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 5))
 """Grid of κ, 1e-8 … 1e2, two a decade. The penalty is α = κ · tr(C_xx) / d_x, so that it means the same at every scale and token count."""
+
+AVERAGES = ("pooled", "mean")
+"""How scores of several folds become one."""
 
 
 class RidgeSource:
     """The decomposed source of a family of ridge regressions, shared by all its targets and penalties.
 
     Args:
-        train: Training moments.
-        source: The site.
+        xx: `C_xx` of training, float64 (d_x, d_x).
 
     Attributes:
         spectrum: Eigendecomposition of `C_xx` on its support. What lies outside (below 1e-10 of the largest eigenvalue) has no weight.
         scale: tr(C_xx) / d_x, the unit of the penalty.
     """
 
-    def __init__(self, train: Moments, source: ResidualSite) -> None:
-        c_xx = train.scatter_of(source, source)
-        self.train, self.source = train, source
-        self.spectrum: Spectrum = spectrum(c_xx)
-        self.scale = float(c_xx.trace()) / c_xx.shape[0]
+    def __init__(self, xx: torch.Tensor) -> None:
+        self.spectrum: Spectrum = spectrum(xx)
+        self.scale = float(xx.trace()) / xx.shape[0]
 
-    def weight(self, c_xy: torch.Tensor, alpha: float) -> torch.Tensor:
+    def weight(self, xy: torch.Tensor, alpha: float) -> torch.Tensor:
         """`W = Q diag(1 / (λ + α)) Qᵀ C_xy`, from C_xy, float64 (d_x, d_y), and α; float64 (d_x, d_y)."""
         values, vectors = self.spectrum
-        return vectors @ ((vectors.T @ c_xy) / (values + alpha)[:, None])
+        return vectors @ ((vectors.T @ xy) / (values + alpha)[:, None])
 
-    def heldout_errors(
-        self,
-        target: ResidualSite,
-        heldout: Moments,
-        weigh: Weighting,
-        alphas: torch.Tensor,
-        c_xy: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def heldout_errors(self, train: Regression, heldout: Regression, weigh: Weighting, alphas: torch.Tensor) -> torch.Tensor:
         """`tr(Γ R)` on held-out rows for every penalty, at O(d²) each (METHODS §4.3).
 
         Args:
-            target: The target site.
-            heldout: Moments of the held-out rows.
+            train: Training rows, whose `C_xx` was decomposed.
+            heldout: Held-out rows.
             weigh: The metric Γ.
             alphas: float64 (penalties,).
-            c_xy: Cross scatter to fit; by default that of training.
 
         Returns:
             float64 (penalties,).
         """
         values, vectors = self.spectrum
-        b = vectors.T @ (self.train.scatter_of(self.source, target) if c_xy is None else c_xy)
-        dx = heldout.mean_of(self.source) - self.train.mean_of(self.source)
-        dy = heldout.mean_of(target) - self.train.mean_of(target)
-        # Held-out second moments about the *training* means, which the fitted intercept refers to.
-        m_xx = heldout.scatter_of(self.source, self.source) + heldout.n * torch.outer(dx, dx)
-        m_xy = heldout.scatter_of(self.source, target) + heldout.n * torch.outer(dx, dy)
-        m_yy = heldout.scatter_of(target, target) + heldout.n * torch.outer(dy, dy)
+        rows = heldout.about(train)  # the fitted intercept refers to the *training* means
+        b = vectors.T @ train.xy
         weighted = weigh.apply(b)
-        linear = (weighted * (vectors.T @ m_xy)).sum(1)
-        quadratic = (vectors.T @ m_xx @ vectors) * (weighted @ b.T)
+        linear = (weighted * (vectors.T @ rows.xy)).sum(1)
+        quadratic = (vectors.T @ rows.xx @ vectors) * (weighted @ b.T)
         filters = 1 / (values + alphas[:, None])
-        errors: torch.Tensor = weigh.trace(m_yy) - 2 * filters @ linear + ((filters @ quadratic) * filters).sum(1)
+        errors: torch.Tensor = weigh.trace(rows.yy) - 2 * filters @ linear + ((filters @ quadratic) * filters).sum(1)
         return errors
+
+    def gcv_errors(self, train: Regression, weigh: Weighting, alphas: torch.Tensor) -> torch.Tensor:
+        """`tr(Γ R) / (1 - df / n)²` of training rows for every penalty, at O(d) each: generalised cross-validation (METHODS §4.4).
+
+        It takes tokens for independent, which they are not: a quick look only.
+
+        Args:
+            train: Training rows.
+            weigh: Γ.
+            alphas: float64 (penalties,).
+
+        Returns:
+            float64 (penalties,); infinite where there are (nearly) as many degrees of freedom as tokens.
+        """
+        values, vectors = self.spectrum
+        b = vectors.T @ train.xy
+        power = (weigh.apply(b) * b).sum(1)
+        filters = 1 / (values + alphas[:, None])
+        errors = weigh.trace(train.yy) - (2 * filters - values * filters**2) @ power
+        freedom = 1 + filters @ values
+        infinite = torch.full_like(errors, float("inf"))
+        left = 1 - freedom / train.n
+        return torch.where(left > 1e-6, errors / left**2, infinite)  # a saturated fit leaves rounding errors only
 
 
 @dataclass(frozen=True)
-class RidgeFit:
-    """A ridge regression with its chosen penalty.
+class Trial:
+    """Rows to fit on and rows to score on.
 
     Attributes:
-        weight: float64 (d_x, d_y), in raw coordinates: the transpose of scikit-learn's `coef_`.
-        bias: float64 (d_y,).
-        alpha: The penalty, in scikit-learn's units.
-        kappa: α in units of tr(C_xx) / d_x.
-        scores: Held-out R² for each κ of the grid, in the metric of the choice; empty if nothing was chosen.
-        at_edge: Whether the best κ is an end of the grid.
+        train: Training rows.
+        heldout: Held-out rows.
+        frame: Coordinates to solve in.
+        source: The decomposed source of the training rows in these coordinates.
+    """
+
+    train: Regression
+    heldout: Regression
+    frame: Frame
+    source: RidgeSource
+
+    def errors(self, weigh: Weighting, alphas: torch.Tensor) -> torch.Tensor:
+        """`tr(Γ R)` of ridge regression on the held-out rows for every penalty, float64 (penalties,), Γ in raw coordinates."""
+        train, heldout = self.frame.apply(self.train), self.frame.apply(self.heldout)
+        return self.source.heldout_errors(train, heldout, weigh.scaled(self.frame.y_scale), alphas)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Scores along a grid of penalties.
+
+    Attributes:
+        penalties: The grid.
+        scores: R² of each in the metric of the choice.
+    """
+
+    penalties: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """Index of the highest score, the first if several are equal."""
+        return max(range(len(self.scores)), key=lambda index: self.scores[index])
+
+    @property
+    def penalty(self) -> float:
+        """The chosen penalty."""
+        return self.penalties[self.best]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen penalty is an end of the grid: the optimum may lie beyond."""
+        return len(self.penalties) > 1 and self.best in (0, len(self.penalties) - 1)
+
+
+def score_path(
+    trials: Sequence[Trial],
+    penalties: Sequence[float],
+    train: Regression,
+    metric: str,
+    average: str = "pooled",
+    errors: Callable[[Trial, Weighting, torch.Tensor], torch.Tensor] = Trial.errors,
+) -> Path:
+    """Held-out R² of every penalty, over one trial (validation) or several (folds).
+
+    Args:
+        trials: What to fit on and to score on.
+        penalties: The grid, in raw units.
+        train: All training rows, which give the whitening when errors are pooled.
+        metric: One of `metrics.METRICS`.
+        average: `pooled`: one minus the ratio of the sums over trials. `mean`: the mean of the trials' R², as scikit-learn's
+            `GridSearchCV` does.
+        errors: The solver: `tr(Γ R)` of every penalty on the held-out rows of a trial, float64 (penalties,).
+
+    Raises:
+        MomentsError: Held-out targets do not vary, or the metric or way of averaging is unknown.
+    """
+    if average not in AVERAGES:
+        raise MomentsError(f"unknown average {average!r}; known are {', '.join(AVERAGES)}")
+    alphas = torch.tensor(penalties, dtype=torch.float64, device=train.xx.device)
+    everything = Regression.merge([trial.heldout for trial in trials]).yy if metric == "uniform" else train.yy
+    pooled = weighting(metric, train.yy, everything) if average == "pooled" else None
+    found, totals = [], []
+    for trial in trials:
+        weigh = pooled or weighting(metric, trial.train.yy, trial.heldout.yy)
+        totals.append(weigh.trace(trial.heldout.yy))
+        if not totals[-1] > 0:
+            raise MomentsError("the held-out residuals of the target do not vary: there are too few tokens for an R²")
+        found.append(errors(trial, weigh, alphas))
+    if average == "mean":
+        scores = 1 - torch.stack([error / total for error, total in zip(found, totals, strict=True)]).mean(0)
+    else:
+        scores = 1 - torch.stack(found).sum(0) / sum(totals)
+    return Path(tuple(penalties), tuple(scores.tolist()))
+
+
+def score_path_gcv(source: RidgeSource, train: Regression, frame: Frame, penalties: Sequence[float], metric: str) -> Path:
+    """R² of every penalty by generalised cross-validation on training rows alone (METHODS §4.4).
+
+    Args:
+        source: The decomposed source of the training rows, in the coordinates of the frame.
+        train: Training rows.
+        frame: Coordinates to solve in.
+        penalties: The grid, in raw units.
+        metric: One of `metrics.METRICS`.
+    """
+    alphas = torch.tensor(penalties, dtype=torch.float64, device=train.xx.device)
+    weigh = weighting(metric, train.yy, train.yy)
+    errors = source.gcv_errors(frame.apply(train), weigh.scaled(frame.y_scale), alphas)
+    return Path(tuple(penalties), tuple((1 - errors / weigh.trace(train.yy)).tolist()))
+
+
+@dataclass(frozen=True)
+class Readouts:
+    """A ridge regression for each of many directions of the target, each with the penalty that suits it: `â_f = x·w_f + b_f`.
+
+    Not a map between residuals: two directions may have different penalties.
+
+    Attributes:
+        weight: float64 (d_x, directions).
+        bias: float64 (directions,).
+        alphas: Chosen penalties, float64 (directions,).
+        scores: Held-out R² by direction and penalty, float64 (directions, penalties); NaN for a direction that does not vary. The
+            chosen ones are optimistic: score on other rows.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
-    alpha: float
-    kappa: float
-    scores: tuple[float, ...]
-    at_edge: bool
+    alphas: torch.Tensor
+    scores: torch.Tensor
 
 
-def fit_ridge(
-    source: RidgeSource,
-    target: ResidualSite,
-    validation: Moments,
-    weigh: Weighting,
-    kappas: tuple[float, ...] = KAPPAS,
-    c_xy: torch.Tensor | None = None,
-) -> RidgeFit:
-    """Fit on training moments, with the penalty that does best on validation moments.
+def readouts(source: RidgeSource, train: Regression, heldout: Regression, directions: torch.Tensor, alphas: torch.Tensor) -> Readouts:
+    """Fit a readout for each direction, with the penalty that does best on held-out rows; O(d²) per direction and penalty (METHODS §4.5).
 
     Args:
-        source: The decomposed source.
-        target: The target site.
-        validation: Moments that choose κ.
-        weigh: The metric to choose in.
-        kappas: The grid; one value fixes the penalty.
-        c_xy: Cross scatter to fit instead of that of training (for the shuffled baseline).
+        source: The decomposed source of the training rows.
+        train: Training rows.
+        heldout: Rows that choose the penalties.
+        directions: float64 (directions, d_y), e.g. rows of a dictionary's decoder.
+        alphas: float64 (penalties,).
 
     Raises:
-        MomentsError: A κ is not positive and finite.
+        MomentsError: The directions have another width than the target.
     """
-    if not kappas or not all(0 < kappa < float("inf") for kappa in kappas):
-        raise MomentsError(f"kappas {kappas}: give positive numbers")
-    alphas = torch.tensor(kappas, dtype=torch.float64, device=source.spectrum.values.device) * source.scale
-    errors = source.heldout_errors(target, validation, weigh, alphas, c_xy)
-    scores = 1 - errors / weigh.trace(validation.scatter_of(target, target))
-    best = int(scores.argmax())
-    alpha = float(alphas[best])
-    weight = source.weight(source.train.scatter_of(source.source, target) if c_xy is None else c_xy, alpha)
-    bias = source.train.mean_of(target) - source.train.mean_of(source.source) @ weight
-    at_edge = len(kappas) > 1 and best in (0, len(kappas) - 1)
-    return RidgeFit(weight, bias, alpha, kappas[best], tuple(scores.tolist()), at_edge)
+    if directions.dim() != 2 or directions.shape[1] != train.yy.shape[0]:
+        raise MomentsError(f"directions have shape {tuple(directions.shape)}, not (directions, {train.yy.shape[0]})")
+    values, vectors = source.spectrum
+    rows = heldout.about(train)
+    coefficients = vectors.T @ train.xy @ directions.T
+    cross = vectors.T @ rows.xy @ directions.T
+    rotated = vectors.T @ rows.xx @ vectors
+    power = ((directions @ rows.yy) * directions).sum(1)
+    errors = []
+    for alpha in alphas:
+        filtered = coefficients / (values + alpha)[:, None]
+        errors.append(power - 2 * (filtered * cross).sum(0) + (filtered * (rotated @ filtered)).sum(0))
+    total = ((directions @ heldout.yy) * directions).sum(1)
+    scores = 1 - torch.stack(errors, 1) / torch.where(total > 0, total, float("nan"))[:, None]
+    chosen = alphas[scores.nan_to_num(nan=-float("inf")).argmax(1)]
+    weight = vectors @ (coefficients / (values[:, None] + chosen))
+    return Readouts(weight, directions @ train.y_mean - train.x_mean @ weight, chosen, scores)

@@ -12,10 +12,13 @@ from sklearn.metrics import r2_score
 from nnato.accumulation import Accumulated, TokenClasses, accumulate, capture
 from nnato.corpus import Corpus
 from nnato.errors import MomentsError, SiteError
-from nnato.fitting import fit, operator_file
+from nnato.fitting import BASELINES, fit, operator_file
+from nnato.intervals import share_explained
 from nnato.metrics import METRICS
 from nnato.operators import TransportOperator
+from nnato.regression import Regression
 from nnato.ridge import KAPPAS
+from nnato.selection import PAPER_ALPHAS, Method
 from nnato.sites import ResidualSite
 from nnato.statistics import ResidualBatch
 from nnato.transport_moments import TransportMoments
@@ -179,3 +182,91 @@ def test_batches_of_one_block_have_no_shuffled_baseline(model, corpus):
     result = accumulate(model, Corpus(corpus.source, context=32, per_document=None), [(0, 2)], batch_size=1)
     assert result.moments.shuffled.n == 0  # batches of one block have no partner
     assert "shuffled" not in fit(result)[0].baselines
+
+
+def test_every_baseline_is_there_and_judged_on_test(model, corpus, accumulated):
+    data = materialise(model, corpus, "ordinary")
+    result = fit(accumulated, [(0, 2)])[0]
+    assert tuple(result.baselines) == BASELINES
+    (x, y), (train_x, train_y) = ((data[split][0], data[split][2]) for split in ("test", "train"))
+    cx, cy = train_x - train_x.mean(0), train_y - train_y.mean(0)
+    scaled = train_y.mean(0) + (cx * cy).sum() / (cx**2).sum() * (x - train_x.mean(0))
+    assert result.baselines["identity_scaled"]["uniform"] == pytest.approx(r2_score(y, scaled), abs=1e-9)
+    assert result.baselines["random_orthogonal"]["uniform"] < result.baselines["identity_shift"]["uniform"]
+    assert result.baselines["shuffled"]["variance_weighted"] < result.r2["variance_weighted"]
+    unit = (cx**2).sum() / WIDTH
+    held = data["validation"]
+    fits = [Ridge(alpha=kappa * unit, solver="svd").fit(train_x, train_y - train_x) for kappa in KAPPAS]
+    scores = [r2_score(held[2], held[0] + one.predict(held[0]), multioutput="variance_weighted") for one in fits]
+    best = fits[int(np.argmax(scores))]
+    assert result.baselines["shrunk_to_identity"]["uniform"] == pytest.approx(r2_score(y, x + best.predict(x)), abs=1e-8)
+
+
+def test_intervals_are_those_of_folds_of_test_documents(accumulated):
+    result = fit(accumulated, [(1, 3)])[0]
+    moments, operator = accumulated.moments, result.operator
+    errors, totals, shifted = [], [], []
+    mean = moments.of("test").mean_of(T)
+    for fold in moments.folds("test"):
+        rows = Regression.of(moments.of("test", folds=[fold]), (S, T))
+        for kept, weight, bias in (
+            (errors, operator.weight, operator.bias),
+            (shifted, torch.eye(WIDTH, dtype=torch.float64), operator.target_mean - operator.source_mean),
+        ):
+            residual = rows.y_mean - rows.x_mean @ weight - bias
+            cross = weight.T @ rows.xy
+            kept.append((rows.yy - cross - cross.T + weight.T @ rows.xx @ weight).trace() + rows.n * residual @ residual)
+        totals.append(rows.yy.trace() + rows.n * (rows.y_mean - mean) @ (rows.y_mean - mean))
+    want = share_explained(torch.stack(errors), torch.stack(totals))
+    got = result.r2_intervals["variance_weighted"]
+    assert (got.value, got.low, got.high) == pytest.approx((want.value, want.low, want.high), abs=1e-10)
+    assert got.value == result.r2["variance_weighted"]
+    skill = share_explained(torch.stack(errors), torch.stack(shifted))
+    assert result.skill_intervals["variance_weighted"].high == pytest.approx(skill.high, abs=1e-10)
+    assert got.low < got.value < got.high
+    record = result.to_json()["r2"]["variance_weighted"]
+    assert (record["low"], record["high"]) == (got.low, got.high)
+    assert np.isnan(fit(accumulated, [(1, 3)], tokens="all")[0].r2_intervals["uniform"].low)
+
+
+def test_the_papers_method_on_folds_of_documents(accumulated):
+    result = fit(accumulated, [(0, 2)], method=Method.paper())[0]
+    assert result.alpha in PAPER_ALPHAS
+    assert result.to_json()["select"] == "kfold"
+    with pytest.raises(MomentsError, match="folds are kept of these only"):
+        fit(accumulated, method=Method.paper(), tokens="all")
+    with pytest.raises(MomentsError, match="as part of the method, or no method"):
+        fit(accumulated, method=Method.paper(), metric="uniform")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(select="kfold"),
+        Method(select="gcv", standardize=True),
+        Method(penalty="lasso"),
+        Method(penalty="elastic-net", standardize=True),
+        Method(shrink_to="identity", rank=5),
+    ],
+)
+def test_every_method_predicts(accumulated, method):
+    plain = fit(accumulated, [(1, 3)])[0]
+    result = fit(accumulated, [(1, 3)], method=method)[0]
+    assert abs(result.r2["variance_weighted"] - plain.r2["variance_weighted"]) < 0.25
+    record = result.to_json()
+    assert record["penalty"] == method.penalty
+    assert record["rank"] == (method.rank or WIDTH)
+    assert record["converged"]
+    assert result.operator.details["standardize"] == method.standardize
+
+
+def test_compositions_are_compared_with_the_direct_operator(model, corpus):
+    moments = accumulate(model, corpus, [(0, 1), (1, 3), (0, 3)])
+    fits = {result.operator.pair: result for result in fit(moments, compositions=True)}
+    data = materialise(model, corpus, "ordinary")["test"]
+    composed = fits[0, 3].composed
+    assert list(composed) == [1]
+    predicted = fits[1, 3].operator(fits[0, 1].operator(torch.from_numpy(data[0]))).numpy()
+    assert composed[1]["uniform"] == pytest.approx(r2_score(data[3], predicted), abs=1e-9)
+    assert fits[0, 3].to_json()["composed"] == [{"through": 1, "r2": composed[1]}]
+    assert fits[0, 1].composed == {}

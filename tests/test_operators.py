@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnato.errors import FileFormatError, OperatorError, SiteError
-from nnato.operators import KIND, TransportOperator, baselines, constant
+from nnato.operators import KIND, TransportOperator, baselines, compose, constant
 from nnato.sites import ResidualSite
 from nnato.storage import write_artifact
 
@@ -99,3 +99,15 @@ def test_files_that_are_no_operator_are_refused(operator, tmp_path, tensors, met
     write_artifact(path, KIND, kept, {name: value for name, value in header.items() if value is not None})
     with pytest.raises(FileFormatError, match=f"is inconsistent: .*{message}.*; make it again"):
         TransportOperator.load(path)
+
+
+def test_a_composition_is_one_map_after_the_other(operator):
+    generator = torch.Generator().manual_seed(2)
+    weight, x, y = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 4), (4,), (4,)))
+    second = TransportOperator(ResidualSite(3), ResidualSite(6), weight, x, y)
+    residual = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    both = compose(operator, second)
+    torch.testing.assert_close(both(residual), second(operator(residual)), atol=1e-12, rtol=0)
+    assert (both.source, both.target, both.name, both.details) == (1, 6, "composed", {"through": 3})
+    with pytest.raises(OperatorError, match="operators 3:6 and 1:3 cannot be composed: the first has to end where the second begins"):
+        compose(second, operator)
