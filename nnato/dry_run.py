@@ -116,6 +116,7 @@ class DryRunServer:
     Attributes:
         sent: Bytes of the last request.
         received: Bytes of the last answer.
+        host: What stands for an address.
         retries: 0, since nothing here fails by chance.
         say: As in `NdifServer`.
 
@@ -123,6 +124,7 @@ class DryRunServer:
         ModelError: The process could not load the model; its last words are in the message.
     """
 
+    host = "dry run"
     retries = 0
 
     def __init__(self, model: str | Path, dtype: torch.dtype = torch.float32, say: Callable[[str], None] = lambda text: None) -> None:

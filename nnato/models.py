@@ -135,7 +135,9 @@ def load_model(
         name = next((known for known, spec in EMBEDDED.items() if spec.installed()), DEFAULT_MODEL)
     path = Path(name).expanduser()
     if remote:
-        return _without_weights(str(EMBEDDED[name].folder()) if name in EMBEDDED else name, path)
+        model = _without_weights(str(EMBEDDED[name].folder()) if name in EMBEDDED else name, path)
+        model._module.config._name_or_path = name
+        return model
     device = _device(device)
     if name in EMBEDDED:
         module, tokenizer = _from_folder(EMBEDDED[name].folder(), dtype)

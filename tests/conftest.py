@@ -118,16 +118,19 @@ def saved_model(tmp_path_factory, tokenizer):
     return folder
 
 
+# Tiny models gain nothing from threads, and crawl when other processes compete. Set here, before any fixture starts a server.
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def one_thread(request, monkeypatch):
-    """Tiny models gain nothing from threads, and crawl when another process competes for the cores."""
-    if "model" not in request.keywords:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
+def all_threads_for_real_models(request, monkeypatch):
+    if "model" in request.keywords:
+        torch.set_num_threads(THREADS)
         yield
-        torch.set_num_threads(before)
+        torch.set_num_threads(1)
     else:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         yield
 
 

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
+
 import nnsight
+import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, BLOCKS, WIDTH, hook_generate, hook_residuals, make_module, make_operator, make_tokenizer, put
+from conftest import (
+    ARCHITECTURES,
+    BLOCKS,
+    WIDTH,
+    hook_generate,
+    hook_residuals,
+    make_module,
+    make_operator,
+    make_tokenizer,
+    put,
+    random_words,
+)
 from nnsight.modeling import huggingface
 
+from nnato.accumulation import accumulate, load_moments
+from nnato.corpus import SPLITS, Corpus
 from nnato.dry_run import DryRunServer
-from nnato.errors import RemoteError
+from nnato.edits import INTERVENTIONS
+from nnato.errors import ActivationError, ModelError, MomentsError, RemoteError
+from nnato.fitting import fit
+from nnato.models import describe, load_model, wrap
+from nnato.perplexity import ablate, check_operator
+from nnato.remote import NdifServer
 from nnato.trace import ATOTrace, TransformersModel
 
 IDS = torch.tensor([[1, 8, 9, 30, 5, 7], [1, 40, 41, 6, 90, 11]])
@@ -165,3 +186,201 @@ def test_errors_in_the_block_say_what_they_are(served):
         with ATOTrace(model, input_ids=IDS, remote=True) as t:
             t.patch(1, 0.0, positions=[99])
             t.logits.save()
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def same_sums(moments, other, tokens="ordinary"):
+    """The parts of two runs, as solvers read them."""
+    assert moments.rows == other.rows
+    for split in SPLITS:
+        for one, two in ((moments.of(split, tokens), other.of(split, tokens)), (moments.shuffled, other.shuffled)):
+            for source, target in one.blocks:
+                yield one.scatter_of(source, target), two.scatter_of(source, target)
+            for site in one.sites:
+                yield one.mean_of(site), two.mean_of(site)
+
+
+def test_accumulation_and_ablation_on_a_server_equal_those_here(served, corpus):
+    """In each fold the server adds up the same batches in the same order, so the sums have the same bits."""
+    model, module, server = served
+    here = wrap(module, make_tokenizer())
+    there = accumulate(model, corpus, [(0, 2), ("embed", BLOCKS - 1)], server=server, batch_size=4)
+    local = accumulate(here, corpus, [(0, 2), ("embed", BLOCKS - 1)], batch_size=4)
+    assert all(torch.equal(one, two) for one, two in same_sums(there.moments, local.moments, "all"))
+    for name in ("text", "tokens", "excluded", "sink_tokens", "medians"):
+        assert getattr(there, name) == getattr(local, name)
+    assert there.provenance["server"] == {"host": "dry run", "dtype": "float32", "per_job": 64}
+    fits, local_fits = fit(there), fit(local)
+    operators, local_operators = ([result.operator for result in results] for results in (fits, local_fits))
+    assert all(torch.equal(one.weight, two.weight) for one, two in zip(operators, local_operators, strict=True))
+    arguments = {"positions": 3, "interventions": tuple(INTERVENTIONS), "sequences": 5}
+    results = ablate(model, operators, corpus, server=server, per_job=2, **arguments)
+    for result, want in zip(results, ablate(here, local_operators, corpus, **arguments), strict=True):
+        assert result.to_json() == want.to_json()
+    assert here is not model
+    check_operator(operators[0], describe(here))  # operators of a server's model may be used on weights here
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """As `served`, of one architecture."""
+    folder = tmp_path_factory.mktemp("gemma")
+    make_module("gemma2").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with DryRunServer(folder) as server:
+        yield load_model(str(folder), remote=True), folder, server
+
+
+def test_jobs_are_cut_merged_and_bounded(gemma, corpus, tmp_path):
+    model, _, server = gemma
+    said = []
+    server.say = said.append
+    pairs = [(0, 2), (0, 3)]
+    whole = accumulate(model, corpus, pairs, server=server, batch_size=4)
+    cut = accumulate(model, corpus, pairs, server=server, batch_size=4, per_job=2, keep_excluded=False, out=tmp_path)
+    server.say = lambda text: None
+    for one, two in same_ordinary(cut.moments, whole.moments):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    plan = corpus.tokenize(model.tokenizer).plan(4)
+    announced = [int(text.split(" in ")[1].split()[0]) for text in said if " jobs: " in text]
+    assert len(announced) == 2
+    assert len(plan) / 2 <= announced[1] < len(plan)
+    sent = sum("sent" in text and "came back" in text for text in said)
+    assert sent == sum(announced)
+    assert not cut.moments.has_excluded
+    with pytest.raises(MomentsError, match="these moments hold ordinary tokens only"):
+        cut.moments.of("train", "all")
+    assert all(result.r2_all_tokens == {} for result in fit(cut))
+    assert load_moments(tmp_path).tokens == whole.tokens
+
+
+def same_ordinary(moments, other):
+    for split in SPLITS:
+        one, two = moments.of(split), other.of(split)
+        assert one.n == two.n
+        yield one.mean, two.mean
+        for source, target in one.blocks:
+            yield one.scatter_of(source, target), two.scatter_of(source, target)
+
+
+@pytest.mark.parametrize("documents", [20, 80])
+def test_what_comes_back_does_not_grow_with_tokens(gemma, tmp_path, documents):
+    model, _, server = gemma
+    rng = np.random.default_rng(documents)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": random_words(rng, 60)}) + "\n" for _ in range(documents)))
+    largest = []
+
+    class Counted:
+        host, retries, say = server.host, 0, staticmethod(lambda text: None)
+
+        def backend(self, model):
+            backend = server.backend(model)
+            wait = backend.wait
+
+            def counted():
+                largest.append(server.received)
+                return wait()
+
+            backend.wait = counted
+            return backend
+
+    accumulate(model, Corpus(str(text), context=32, folds=2), [(0, 2)], server=Counted(), keep_excluded=False)
+    assert 8 * 3 * WIDTH**2 * 0.5 < max(largest) <= 3 * (WIDTH + 1) ** 2 * 8 + 1e6
+
+
+def test_a_failed_job_loses_nothing_and_is_all_that_is_repeated(gemma, corpus, tmp_path):
+    model, _, server = gemma
+    sent = []
+
+    class Failing:
+        host, retries = server.host, 0
+        broken = True
+
+        def say(self, text):
+            pass
+
+        def backend(self, model):
+            sent.append(1)
+            if self.broken and len(sent) == 4:
+                raise RemoteError("the server ended the job", transient=True)
+            return server.backend(model)
+
+    failing = Failing()
+    arguments = {"pairs": [(0, 2)], "batch_size": 4, "per_job": 2}
+    with pytest.raises(RemoteError, match="the server ended the job"):
+        accumulate(model, corpus, out=tmp_path, server=failing, **arguments)
+    failing.broken = False
+    resumed = accumulate(model, corpus, out=tmp_path, server=failing, **arguments)
+    total = len(sent)
+    sent.clear()
+    failing.retries, failing.broken = 1, True  # this time the failure is met by another try
+    again = accumulate(model, corpus, server=failing, **arguments)
+    assert total == len(sent)
+    assert all(torch.equal(one, two) for one, two in same_sums(resumed.moments, again.moments))
+
+
+def test_residuals_that_are_not_finite_on_the_server_are_named(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("spoilt")
+    module = make_module("gemma2")
+    with torch.no_grad():
+        module.model.embed_tokens.weight[50] = float("nan")
+    module.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with (
+        DryRunServer(folder) as server,
+        pytest.raises(ActivationError, match=r"the residual is nan in document [0-9a-f]{16} \(block .*, site 0; nothing"),
+    ):
+        accumulate(load_model(str(folder), remote=True), corpus, [(0, 2)], server=server)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sums: sums.update(label="another"), "the answer is not of this job: with --resume-job"),
+        (lambda sums: sums.pop("ordinary"), "does not hold what was asked for"),
+        (lambda sums: sums["ordinary"].update(own=torch.zeros(1, 3)), "does not hold what was asked for"),
+        (lambda sums: sums["ordinary"]["cross"].fill_(float("nan")), "does not hold what was asked for .*not finite"),
+        (lambda sums: sums["ordinary"].update(n=-3), "does not hold what was asked for"),
+        (lambda sums: sums["ordinary"].update(mean=sums["ordinary"]["mean"].float()), "does not hold what was asked for"),
+        (lambda sums: sums.update(medians=torch.zeros(7)), "does not hold what was asked for"),
+        (lambda sums: sums.update(counts={}), "does not hold what was asked for"),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(gemma, corpus, change, message):
+    model, _, server = gemma
+
+    class Lying:
+        host, retries, say = server.host, 0, staticmethod(lambda text: None)
+
+        def backend(self, model):
+            backend = server.backend(model)
+            wait = backend.wait
+
+            def lie():
+                answer = wait()
+                change(answer["sums"])
+                return answer
+
+            backend.wait = lie
+            return backend
+
+    with pytest.raises(RemoteError, match=message):
+        accumulate(model, corpus, [(0, 2)], server=Lying())
+
+
+def test_models_without_weights(gemma, tmp_path):
+    model, folder, _ = gemma
+    info = describe(model)
+    assert (info.d_model, info.blocks, info.dtype) == (WIDTH, BLOCKS, "on a server")
+    assert str(folder) in info.digest
+    assert not info.fits({"d_model": WIDTH + 1})
+    with pytest.raises(ModelError, match="'nowhere' is no name that a server could know"):
+        load_model("nowhere", remote=True)
+    with pytest.raises(ModelError, match="cannot load 'no/where' from the hub"):
+        load_model("no/where", remote=True)
+    loaded = wrap(make_module("gemma2"), make_tokenizer())
+    with pytest.raises(ModelError, match=r"has no name that a server could know .*load it with load_model\(…, remote=True\)"):
+        NdifServer("http://127.0.0.1:9").backend(loaded)
