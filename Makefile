@@ -24,6 +24,7 @@ ndif: .venv/test.stamp
 
 bench: .venv/test.stamp
 	.venv/bin/python benchmarks/memory.py
+	.venv/bin/python benchmarks/trace.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -15,8 +15,12 @@ LENGTH = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 pytestmark = [pytest.mark.ndif, pytest.mark.slow, pytest.mark.usefixtures("either_way")]
+CASES = [("gemma2", "trusted"), ("gemma2", "sandboxed"), ("gpt2", "trusted"), ("gpt2", "sandboxed")]
+everywhere = pytest.mark.parametrize(("on_ndif", "either_way"), CASES, indirect=True)
+mostly = pytest.mark.parametrize(("on_ndif", "either_way"), CASES[:3], indirect=True)  # a sandbox takes seconds to start
 
 
+@everywhere
 def test_reads_are_bit_equal(on_ndif, either_way):
     model, module, _ = on_ndif
     seen, want = hook_residuals(module, IDS)
@@ -32,6 +36,7 @@ def test_reads_are_bit_equal(on_ndif, either_way):
         assert torch.equal(got, reference)
 
 
+@mostly
 def test_reads_and_patches_in_any_order(on_ndif):
     model, module, _ = on_ndif
     matrix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / 4
@@ -48,6 +53,7 @@ def test_reads_and_patches_in_any_order(on_ndif):
         torch.testing.assert_close(got, reference, **CLOSE)
 
 
+@mostly
 def test_operators_and_named_interventions(on_ndif):
     model, module, _ = on_ndif
     operator = make_operator(0, 2)
@@ -68,6 +74,7 @@ def test_operators_and_named_interventions(on_ndif):
     torch.testing.assert_close(logits, want, **CLOSE)
 
 
+@mostly
 def test_values_may_be_used_between_calls(on_ndif):
     model, module, _ = on_ndif
     seen, _ = hook_residuals(module, IDS)
@@ -83,6 +90,7 @@ def test_values_may_be_used_between_calls(on_ndif):
     torch.testing.assert_close(logits, want, **CLOSE)
 
 
+@mostly
 def test_runs_invokes_and_resumption(on_ndif):
     model, module, _ = on_ndif
     seen, logits = hook_residuals(module, IDS)
@@ -106,6 +114,7 @@ def test_runs_invokes_and_resumption(on_ndif):
     torch.testing.assert_close(resumed, logits, **CLOSE)
 
 
+@everywhere
 def test_generation_is_edited_at_every_step(on_ndif):
     model, module, _ = on_ndif
     operator = make_operator(0, 2)
@@ -128,6 +137,7 @@ def test_generation_is_edited_at_every_step(on_ndif):
     torch.testing.assert_close(torch.cat(list(steps), dim=1), seen[2], **CLOSE)
 
 
+@mostly
 def test_persistent_edits_travel_with_the_model(on_ndif):
     model, module, _ = on_ndif
     asked = ATOTrace(model)
@@ -141,6 +151,7 @@ def test_persistent_edits_travel_with_the_model(on_ndif):
     assert torch.equal(logits, hook_residuals(module, IDS)[1])
 
 
+@mostly
 def test_ragged_prompts(on_ndif):
     model, module, _ = on_ndif
     prompts = ["w1 w2 w3 w4 w5 w6", "w9 w8"]
@@ -153,6 +164,7 @@ def test_ragged_prompts(on_ndif):
         torch.testing.assert_close(logits[row, -ids.shape[1] :], want[0], atol=1e-4, rtol=0)
 
 
+@mostly
 def test_errors_in_the_block_say_what_they_are(on_ndif):
     model, _, _ = on_ndif
     with pytest.raises(RemoteError, match="PositionError: position 99 lies outside the sequence of 6 tokens"):  # noqa: SIM117

@@ -131,18 +131,16 @@ class Server:
         return "\n".join((self.home / f"{name}.log").read_text(errors="replace").splitlines()[-15:])
 
     def stop(self) -> None:
-        # In this order: the API takes its dispatcher along if it is asked, and Ray's first process all of Ray's.
-        for name in ("api", "ray", "store", "redis"):
-            if name in self.services:
-                self.services[name].terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.services[name].wait(12)
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            left = self.ours()
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    end(process)
-            psutil.wait_procs(left, 6)
+        """Ask all of ours to end, and after three seconds make them: nothing they hold outlives the run."""
+        for end, seconds in ((psutil.Process.terminate, 3), (psutil.Process.kill, 10)):
+            until = time.monotonic() + seconds
+            while (left := self.ours()) and time.monotonic() < until:
+                for process in left:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        end(process)
+                time.sleep(0.3)
+        for service in self.services.values():
+            service.wait()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def ours(self) -> list[psutil.Process]:
