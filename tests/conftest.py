@@ -230,22 +230,30 @@ def ndif_host():
             server.wait(90)
 
 
-@pytest.fixture(scope="session", params=["gemma2", "gpt2"])
-def on_ndif(request, ndif_host, tmp_path_factory):
-    """(a model without weights, the same module here, the host): `remote=True` runs on the host, which loads the model when first asked."""
+@pytest.fixture(scope="session")
+def ndif_models(ndif_host, tmp_path_factory):
+    """By architecture, what `on_ndif` gives: made once, since the server loads a model when it is first asked for its folder."""
     from nnsight import CONFIG
     from nnsight.modeling import huggingface
 
-    folder = str(tmp_path_factory.mktemp(f"ndif-{request.param}"))
-    module = make_module(request.param)
-    module.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(huggingface._ID_CACHE, folder, folder)  # a folder needs no look-up on the hub
         patch.setattr(CONFIG.API, "HOST", ndif_host)
         patch.setattr(CONFIG.API, "APIKEY", None)
         patch.setattr(CONFIG.APP, "REMOTE_LOGGING", False)
-        yield TransformersModel(folder, task="text-generation", tokenizer=make_tokenizer()), module, ndif_host
+        served = {}
+        for name in ("gemma2", "gpt2"):
+            folder, module = str(tmp_path_factory.mktemp(f"ndif-{name}")), make_module(name)
+            module.save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            patch.setitem(huggingface._ID_CACHE, folder, folder)  # a folder needs no look-up on the hub
+            served[name] = TransformersModel(folder, task="text-generation", tokenizer=make_tokenizer()), module, ndif_host
+        yield served
+
+
+@pytest.fixture(params=["gemma2", "gpt2"])
+def on_ndif(request, ndif_models):
+    """(a model without weights, the same module here, the host): `remote=True` runs on the host."""
+    return ndif_models[request.param]
 
 
 @pytest.fixture(params=["trusted", "sandboxed"])
