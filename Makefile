@@ -19,8 +19,8 @@ docs: .venv/docs.stamp
 	.venv/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 # The environment of the server that tests/test_ndif.py runs against: 5.5 GB outside the tree, once.
-ndif: .venv/test.stamp
-	.venv/bin/python tests/ndif/environment.py
+ndif:
+	$(PYTHON) tests/ndif/environment.py
 
 bench: .venv/test.stamp
 	.venv/bin/python benchmarks/memory.py
