@@ -106,7 +106,8 @@ class DryRunServer:
                 logits = t.logits.save()
             print(server.sent, server.received)
 
-    `model` may be without weights; it must be of the same architecture. Half precision runs under autocast, as servers do it.
+    `model` may be without weights; it must be of the same architecture. The process computes on the CPU; half precision runs under
+    autocast, as servers do it.
 
     Args:
         model: A folder in Hugging Face format (nothing is looked up on the hub then), or a hub id.

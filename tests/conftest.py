@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +33,7 @@ from nnato.models import wrap
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
 from nnato.storage import cache_dir
+from nnato.trace import TransformersModel
 
 VOCABULARY = 97
 WIDTH = 16
@@ -204,3 +209,62 @@ def hook_generate(module, ids, edits, steps):
         logits[:, 2] = -torch.inf  # the end of the sequence
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     return ids
+
+
+# ---- a real NDIF server ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ndif_host():
+    """The address of an NDIF server, started for this run. Skips with the reason where its environment is missing."""
+    command = [sys.executable, str(Path(__file__).parent / "ndif" / "server.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as server:
+        line = server.stdout.readline()
+        if not line:
+            reason = server.stderr.read()
+            if server.wait() == 3:
+                pytest.skip(reason.strip())
+            pytest.fail(f"the NDIF server did not start: {reason}")
+        try:
+            yield json.loads(line)["host"]
+        finally:
+            server.stdin.close()  # the server stops
+            server.wait(90)
+
+
+@pytest.fixture(scope="session")
+def ndif_models(ndif_host, tmp_path_factory):
+    """By architecture, what `on_ndif` gives: made once, since the server loads a model when it is first asked for its folder."""
+    from nnsight import CONFIG
+    from nnsight.modeling import huggingface
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CONFIG.API, "HOST", ndif_host)
+        patch.setattr(CONFIG.API, "APIKEY", None)
+        patch.setattr(CONFIG.APP, "REMOTE_LOGGING", False)
+        served = {}
+        for name in ("gemma2", "gpt2"):
+            folder, module = str(tmp_path_factory.mktemp(f"ndif-{name}")), make_module(name)
+            module.save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            patch.setitem(huggingface._ID_CACHE, folder, folder)  # a folder needs no look-up on the hub
+            served[name] = TransformersModel(folder, task="text-generation", tokenizer=make_tokenizer()), module, ndif_host
+        yield served
+
+
+@pytest.fixture(params=["gemma2", "gpt2"])
+def on_ndif(request, ndif_models):
+    """(a model without weights, the same module here, the host): `remote=True` runs on the host."""
+    return ndif_models[request.param]
+
+
+@pytest.fixture(params=["trusted", "sandboxed"])
+def either_way(request, monkeypatch):
+    """Requests run in the process of the model, as those of trusted keys do, and in a sandbox, as all others."""
+    from nnsight.schema.request import RequestModel
+
+    envelope = RequestModel.metadata
+    answer = request.param == "trusted"
+    monkeypatch.setattr(RequestModel, "metadata", lambda self: json.dumps({**json.loads(envelope(self)), "trusted": answer}))
+    return request.param

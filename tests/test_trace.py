@@ -435,6 +435,34 @@ def test_an_open_loop_ends_with_the_generation(model):
     assert torch.equal(ids, want)
 
 
+@pytest.mark.parametrize("how", [{"num_beams": 2, "do_sample": False}, {"do_sample": True}])
+def test_beams_and_samples_are_edited_as_by_hooks_on_generate(any_model, how):
+    blocks = next(m for m in any_model._module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
+    passed = 0
+
+    def negate(_, __, output):  # from the prompt's last token on
+        nonlocal passed
+        value = output[0] if isinstance(output, tuple) else output
+        value = value.clone()
+        value[:, max(0, 5 - passed) :] *= -1
+        passed += value.shape[1]
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    options = {**LENGTH, **how}
+    handle = blocks[1].register_forward_hook(negate)
+    torch.manual_seed(0)
+    want = any_model._module.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)
+    handle.remove()
+    torch.manual_seed(0)
+    with ATOTrace(any_model, input_ids=IDS, **options) as t:
+        t.patch(1, torch.neg, slice(-1, None))
+        ids = t.result.save()
+    torch.manual_seed(0)
+    clean = any_model._module.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)
+    assert torch.equal(ids, want)
+    assert not torch.equal(ids, clean)
+
+
 def test_runs_generate_too(model):
     want = hook_generate(model._module, IDS, {1: put(slice(None), 0.0)}.items(), STEPS)
     with ATOTrace(model, max_new_tokens=STEPS) as t:
