@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench ndif clean
 
 demo: .venv/demo.stamp
 	.venv/bin/nnato demo
@@ -18,8 +18,13 @@ lint: .venv/test.stamp
 docs: .venv/docs.stamp
 	.venv/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# The environment of the server that tests/test_ndif.py runs against: 5.5 GB outside the tree, once.
+ndif:
+	$(PYTHON) tests/ndif/environment.py
+
 bench: .venv/test.stamp
 	.venv/bin/python benchmarks/memory.py
+	.venv/bin/python benchmarks/trace.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

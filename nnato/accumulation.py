@@ -136,7 +136,7 @@ def stream(
             "medians": {str(site): median for site, median in zip(statistic.sites, medians, strict=True)},
             "excluded": dict(classes.excluded),
             "sinks": sinks,
-            "provenance": provenance(),
+            "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
         }
 
     while cursor < len(plan):

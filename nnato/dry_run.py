@@ -106,7 +106,8 @@ class DryRunServer:
                 logits = t.logits.save()
             print(server.sent, server.received)
 
-    `model` may be without weights; it must be of the same architecture. Half precision runs under autocast, as servers do it.
+    `model` may be without weights; it must be of the same architecture. The process computes on the CPU; half precision runs under
+    autocast, as servers do it.
 
     Args:
         model: A folder in Hugging Face format (nothing is looked up on the hub then), or a hub id.
@@ -116,6 +117,7 @@ class DryRunServer:
     Attributes:
         sent: Bytes of the last request.
         received: Bytes of the last answer.
+        host: What stands for an address.
         retries: 0, since nothing here fails by chance.
         say: As in `NdifServer`.
 
@@ -123,6 +125,7 @@ class DryRunServer:
         ModelError: The process could not load the model; its last words are in the message.
     """
 
+    host = "dry run"
     retries = 0
 
     def __init__(self, model: str | Path, dtype: torch.dtype = torch.float32, say: Callable[[str], None] = lambda text: None) -> None:

@@ -44,7 +44,7 @@ class Fit:
         skill_over_identity: `1 - SSE / SSE(identity_shift)`, by metric.
         skill_intervals: The same with intervals.
         r2_all_tokens: R² of an operator fitted, chosen and scored with special tokens, first positions and sinks, by metric; usually far
-            higher, because a few huge tokens dominate, and of a worse map.
+            higher, because a few huge tokens dominate, and of a worse map. Empty if the moments hold ordinary tokens only.
         composed: R² of the composition of two fitted operators by way of a site between, by that site and metric; empty unless asked for.
     """
 
@@ -130,9 +130,9 @@ def fit(
         if progress is not None:
             progress("fitting operators", len(results), len(chosen))
         judged = bench.judge(mine)
-        others = judged if tokens == "all" else contrast.judge(mine, alone=True)
+        others = judged if tokens == "all" else contrast.judge(mine, alone=True) if moments.has_excluded else {}
         for pair in mine:
-            results[pair] = _result(judged[pair], others[pair].scores["transport"], method)
+            results[pair] = _result(judged[pair], others[pair].scores["transport"] if others else {}, method)
     if compositions:
         results = _with_compositions(results, bench)
     if progress is not None:

@@ -23,6 +23,34 @@ LOGIT_BYTES = 3 << 29
 """Logits of edited rows held at once; decides how many interventions share a forward pass."""
 
 Maps = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+Run = tuple[ResidualSite, ResidualSite, Maps]
+"""Source, target, and maps of the source residual by intervention."""
+Item = tuple[int, torch.Tensor, torch.Tensor, Sequence[int]]
+"""A sequence: its number, ids and special tokens, (1, positions) each, and the positions that may be edited, in the order to take them."""
+
+
+def measure_all(
+    model: TransformersModel,
+    label: str,
+    items: Sequence[Item],
+    sites: Sequence[ResidualSite],
+    medians: torch.Tensor,
+    count: int | None,
+    runs: Sequence[Run],
+) -> dict[str, Any]:
+    """`measure` for several sequences.
+
+    Args:
+        model: The model.
+        label: Comes back as it is.
+        items: The sequences.
+        sites: As in `measure`, like all that follow.
+        medians: See there.
+        count: See there.
+        runs: See there.
+    """
+    measured = [measure(model, number, ids, special, sites, medians, order, count, runs) for number, ids, special, order in items]
+    return {"label": label, "measured": measured}
 
 
 def measure(
@@ -34,7 +62,7 @@ def measure(
     medians: torch.Tensor,
     order: Sequence[int],
     count: int | None,
-    runs: Sequence[tuple[ResidualSite, ResidualSite, Maps]],
+    runs: Sequence[Run],
 ) -> dict[str, Any]:
     """Losses of one sequence, as it is and under edits of several pairs.
 
@@ -47,7 +75,7 @@ def measure(
         medians: Their median norms, float64 (sites,).
         order: Positions that may be edited, in the order to take them.
         count: How many of them; None for all.
-        runs: (source, target, maps of the source residual by intervention).
+        runs: The pairs.
 
     Returns:
         A dictionary: `losses`, float64 (positions - 1,), in nats, unedited; `edited`, the edited positions, sorted; `changes`, float64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 
 from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf
 from nnato.errors import ModelError, PositionError, first_line
-from nnato.trace import TransformersModel, find_blocks
+from nnato.nnsight_setup import HUB_IDS, TransformersModel
+from nnato.trace import find_blocks
+
+ON_SERVER = "on a server"
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,21 @@ class ModelInfo:
         """What makes the weights of two models the same, whatever they are called and wherever they were loaded from."""
         return {key: getattr(self, key) for key in ("architecture", "d_model", "blocks", "dtype", "digest")}
 
+    def fits(self, fingerprint: Mapping[str, Any]) -> bool:
+        """Whether something of a model with this fingerprint can be used with ours.
+
+        Between weights here and weights on a server only the shape can be compared, since the digest of the latter is not known.
+        """
+        mine = self.contents()
+        if str(fingerprint.get("digest", "")).startswith(ON_SERVER) != self.digest.startswith(ON_SERVER):
+            mine = {key: mine[key] for key in ("architecture", "d_model", "blocks")}
+        return all(fingerprint.get(key, value) == value for key, value in mine.items())
+
 
 def describe(model: TransformersModel) -> ModelInfo:
-    """Identify a model loaded with `load_model`, or any nnsight `TransformersModel` with weights.
+    """Identify a model loaded with `load_model`, or any nnsight `TransformersModel`.
+
+    Of a model whose weights are on a server, nobody here knows their digest and dtype; the name it has there stands for them.
 
     Raises:
         ModelError: Its blocks cannot be found.
@@ -62,6 +78,7 @@ def describe(model: TransformersModel) -> ModelInfo:
     module = model._module
     path, blocks, d_model = find_blocks(module)
     parameter = next(module.parameters())
+    away = parameter.device.type == "meta"
     return ModelInfo(
         name=module.config._name_or_path or type(module).__name__,
         revision=getattr(module.config, "_commit_hash", None),
@@ -69,9 +86,9 @@ def describe(model: TransformersModel) -> ModelInfo:
         d_model=d_model,
         blocks=blocks,
         vocabulary=module.get_output_embeddings().weight.shape[0],
-        dtype=str(parameter.dtype).removeprefix("torch."),
+        dtype=ON_SERVER if away else str(parameter.dtype).removeprefix("torch."),
         blocks_path=path,
-        digest=_digest(module),
+        digest=f"{ON_SERVER}: {model.to_model_key()}" if away else _digest(module),
         config=_config_digest(module),
     )
 
@@ -96,7 +113,7 @@ def _config_digest(module: Any) -> str:
 
 
 def load_model(
-    name: str | None = None, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    name: str | None = None, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32, remote: bool = False
 ) -> TransformersModel:
     """Load a causal language model for tracing.
 
@@ -105,6 +122,7 @@ def load_model(
             `"gemma-3-270m"`, `"smollm2"`, a folder in Hugging Face format, a `.gguf` file, or a hub id such as `google/gemma-2-2b`.
         device: Where to put the weights; by default the first GPU, else the CPU.
         dtype: Data type of the weights. Float32 is the fastest on most CPUs and the one all figures of nnato were measured in.
+        remote: Load no weights, only tokenizer and architecture; the weights are on a server, which knows the model by the same name.
 
     Returns:
         An nnsight `TransformersModel`, in evaluation mode, its parameters without gradients.
@@ -113,10 +131,14 @@ def load_model(
         ModelError: The model does not exist, is gated or out of reach, or is no decoder nnato understands.
         MissingExtraError: The embedded model's package is not installed.
     """
-    device = _device(device)
     if name is None:
         name = next((known for known, spec in EMBEDDED.items() if spec.installed()), DEFAULT_MODEL)
     path = Path(name).expanduser()
+    if remote:
+        model = _without_weights(str(EMBEDDED[name].folder()) if name in EMBEDDED else name, path)
+        model._module.config._name_or_path = name
+        return model
+    device = _device(device)
     if name in EMBEDDED:
         module, tokenizer = _from_folder(EMBEDDED[name].folder(), dtype)
     elif path.suffix == ".gguf" and path.is_file():
@@ -129,6 +151,22 @@ def load_model(
         module, tokenizer = _from_hub(name, dtype)
     module.config._name_or_path = name
     return wrap(module.to(device), tokenizer)
+
+
+def _without_weights(name: str, path: Path) -> TransformersModel:
+    from transformers import AutoTokenizer
+
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())
+        HUB_IDS[name] = name  # nnsight would ask the hub how the name is spelled
+    elif path.suffix == ".gguf" or name.count("/") != 1:
+        raise ModelError(f"{name!r} is no name that a server could know: give a hub id, or a folder that the server sees too")
+    try:
+        model = TransformersModel(name, task="text-generation", tokenizer=AutoTokenizer.from_pretrained(name))
+    except LOAD_ERRORS as error:
+        raise _hub_error(name, error) from None
+    find_blocks(model._module)
+    return model
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -194,15 +232,19 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         return _pretrained(name, dtype=dtype)
-    except LOAD_ERRORS as error:  # transformers wraps network, gating and missing files in OSError
-        text = f"{type(error).__name__}: {error}"
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            remedy = f"it is gated: accept its terms at huggingface.co/{name} and run `hf auth login`"
-        elif isinstance(error, OSError):
-            remedy = "check the id, and that the hub can be reached (HF_HUB_OFFLINE is not set); or give a local folder"
-        else:
-            remedy = "it may be no causal language model, or need a newer transformers"
-        raise ModelError(f"cannot load {name!r} from the hub: {remedy}. ({first_line(error)})") from None
+    except LOAD_ERRORS as error:
+        raise _hub_error(name, error) from None
+
+
+def _hub_error(name: str, error: Exception) -> ModelError:
+    text = f"{type(error).__name__}: {error}"  # transformers wraps network, gating and missing files in OSError
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        remedy = f"it is gated: accept its terms at huggingface.co/{name} and run `hf auth login`"
+    elif isinstance(error, OSError):
+        remedy = "check the id, and that the hub can be reached (HF_HUB_OFFLINE is not set); or give a local folder"
+    else:
+        remedy = "it may be no causal language model, or need a newer transformers"
+    return ModelError(f"cannot load {name!r} from the hub: {remedy}. ({first_line(error)})")
 
 
 def _pretrained(name: str, **options: Any) -> tuple[Any, Any]:

@@ -120,7 +120,8 @@ class Moments:
         delta = other.mean.to(self.mean.device) - self.mean
         merged.n = n
         merged.mean = self.mean + (other.n / n) * delta
-        merged.scatter = self.scatter + other.scatter.to(self.scatter.device)
+        for number in range(len(self.blocks)):
+            merged.scatter[number] = self._read_block(number) + other._read_block(number).to(self.scatter.device)
         merged._add_outer(delta, self.n * other.n / n)
         return merged
 
@@ -182,12 +183,13 @@ class Moments:
             MomentsError: The block is not there.
         """
         self._check_usable()
-        if source == target:
-            own = self.scatter[self._block(source, target)]
-            return (own + own.T) / 2
-        if source > target:
-            return self.scatter[self._block(target, source)].T
-        return self.scatter[self._block(source, target)]
+        return self._read_block(self._block(target, source)).T if source > target else self._read_block(self._block(source, target))
+
+    def _read_block(self, number: int) -> torch.Tensor:
+        """A block, symmetric if it is a site's own: whatever leaves these moments then rounds the same, wherever it was added up."""
+        source, target = self.blocks[number]
+        block = self.scatter[number]
+        return (block + block.T) / 2 if source == target else block
 
     def _site(self, site: Site) -> int:
         if site not in self.sites:
@@ -252,7 +254,7 @@ def pack(moments: Moments) -> dict[str, Any]:
     upper = torch.triu_indices(moments.d_model, moments.d_model, device=moments.scatter.device)
     own = [number for number, (source, target) in enumerate(moments.blocks) if source == target]
     cross = [number for number, (source, target) in enumerate(moments.blocks) if source != target]
-    symmetric = [(moments.scatter[number] + moments.scatter[number].T)[upper[0], upper[1]] / 2 for number in own]
+    symmetric = [moments._read_block(number)[upper[0], upper[1]] for number in own]
     return {
         "n": moments.n,
         "mean": moments.mean.cpu(),

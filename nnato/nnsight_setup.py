@@ -13,6 +13,7 @@ from nnsight import TransformersModel, save
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.intervention.backends.remote import RemoteError as NnsightRemoteError
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+from nnsight.intervention.iterator import Iterations
 from nnsight.intervention.tracer import InterleavingTracer
 from nnsight.intervention.util import clear_shared_locals
 from nnsight.modeling.huggingface import _ID_CACHE as HUB_IDS
@@ -27,6 +28,7 @@ __all__ = [
     "CONFIG",
     "HUB_IDS",
     "InterleavingTracer",
+    "Iterations",
     "Mediator",
     "NnsightRemoteError",
     "OutOfOrderError",

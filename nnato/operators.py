@@ -22,19 +22,26 @@ class AffineMap:
     """`ŷ = ȳ + (x - x̄) W`: what a transport operator does to a residual, as a plain class that nnsight can ship to a server.
 
     Attributes:
+        source: Where it reads.
+        target: Where it predicts.
         weight: float64 (d_x, d_y), acting on row vectors: the transpose of scikit-learn's `coef_`.
         source_mean: x̄, float64 (d_x,).
         target_mean: ȳ, float64 (d_y,).
     """
 
+    source: ResidualSite
+    target: ResidualSite
     weight: torch.Tensor
     source_mean: torch.Tensor
     target_mean: torch.Tensor
 
     @staticmethod
-    def make(weight: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor) -> AffineMap:
-        """A map of these tensors."""
+    def make(
+        source: ResidualSite, target: ResidualSite, weight: torch.Tensor, source_mean: torch.Tensor, target_mean: torch.Tensor
+    ) -> AffineMap:
+        """A map of these tensors between these sites."""
         made = AffineMap()
+        made.source, made.target = source, target
         made.weight, made.source_mean, made.target_mean = weight, source_mean, target_mean
         return made
 
@@ -96,7 +103,7 @@ class TransportOperator(AffineMap):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A trace that goes to a server takes along what it uses, by value: the map only, not this class with its files and versions.
-        return AffineMap.make, (self.weight, self.source_mean, self.target_mean)
+        return AffineMap.make, (self.source, self.target, self.weight, self.source_mean, self.target_mean)
 
     def __copy__(self) -> TransportOperator:
         return self  # frozen
@@ -149,7 +156,8 @@ class TransportOperator(AffineMap):
 
 def constant(pair: Pair, value: torch.Tensor, name: str) -> TransportOperator:
     """`ŷ = value` whatever x is; float64 (d_model,)."""
-    return TransportOperator(*pair, value.new_zeros(len(value), len(value)), torch.zeros_like(value), value, name)
+    nothing = value.new_zeros(1, 1).expand(len(value), len(value))  # one number in memory, and on the way to a server
+    return TransportOperator(*pair, nothing, torch.zeros_like(value), value, name)
 
 
 def identity(pair: Pair, source_mean: torch.Tensor, target_mean: torch.Tensor, name: str = "identity_shift") -> TransportOperator:

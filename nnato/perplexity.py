@@ -13,11 +13,13 @@ from scipy.stats import binomtest
 from nnato.accumulation import default_corpus, tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.edits import DEFAULT_INTERVENTIONS, INTERVENTIONS, Positions, intervention
-from nnato.errors import ActivationError, OperatorError, TextError
+from nnato.errors import ActivationError, OperatorError, RemoteError, TextError
 from nnato.intervals import Interval
-from nnato.losses import measure
+from nnato.losses import Item, Run, measure_all
 from nnato.models import ModelInfo, describe
+from nnato.nnsight_setup import save
 from nnato.operators import TransportOperator
+from nnato.remote import Server, run_job
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
 
@@ -129,6 +131,8 @@ def ablate(
     interventions: Sequence[str] = DEFAULT_INTERVENTIONS,
     sequences: int = 24,
     seed: int = 0,
+    server: Server | None = None,
+    per_job: int = 16,
     progress: Progress | None = None,
 ) -> list[AblationResult]:
     """Replace residuals at a few positions of each test sequence and measure the loss.
@@ -144,6 +148,8 @@ def ablate(
         interventions: Names from `edits.INTERVENTIONS`.
         sequences: How many.
         seed: Of the positions and the bootstrap.
+        server: Run the model on it, e.g. `NdifServer()`; operators travel there, and only numbers per sequence come back.
+        per_job: Sequences in one job on a server, at most.
         progress: Told of each sequence.
 
     Returns:
@@ -155,6 +161,7 @@ def ablate(
         PositionError: Positions outside the sequences, or more than there are; or sequences too long for the model.
         TextError: Too little text, or sequences of a single document.
         ActivationError: A loss is not finite.
+        RemoteError: A job on the server failed.
     """
     info, operators, spec = describe(model), list(operators), Positions.parse(positions)
     check_interventions(interventions)
@@ -172,17 +179,22 @@ def ablate(
     sites = sorted(medians)
     runs = [(operator.source, operator.target, chosen) for operator, chosen in zip(operators, maps, strict=True)]
     thresholds = torch.tensor([medians[site] for site in sites], dtype=torch.float64)
+    items = [_item(blocks, row, number, spec.order(corpus.context, seed, number)) for number, row in enumerate(rows.tolist())]
+    if server is not None:
+        size = sum(8 * operator.weight.numel() for operator in operators) + 9 * len(rows) * corpus.context
+        server.say(f"{len(items)} sequences in {-(-len(items) // per_job)} jobs: about {size / 1e6:.1f} MB to send with each, numbers back")
     measured: list[dict[str, Any]] = []
-    for number, row in enumerate(rows.tolist()):
+    while len(measured) < len(items):
         if progress is not None:
-            progress("sequences", number, len(rows))
-        tokens = blocks.batch([row])
-        order, count = spec.order(corpus.context, seed, number), spec.count
-        with torch.no_grad():
-            measured.append(measure(model, number, tokens.ids, tokens.special, sites, thresholds, order, count, runs))
-        _check_finite(measured[-1]["changes"], number, operators, list(maps[0]))
+            progress("sequences", len(measured), len(items))
+        some = items[len(measured) :][: 1 if server is None else per_job]
+        label = f"{blocks.fingerprint['digest']} {seed} {some[0][0]}-{some[-1][0]}"
+        answers = _measure(model, server, label, some, sites, thresholds, spec.count, runs)
+        for (number, *_), answer in zip(some, answers, strict=True):
+            _check_finite(answer["changes"], number, operators, list(maps[0]))
+        measured += answers
     if progress is not None:
-        progress("sequences", len(rows), len(rows))
+        progress("sequences", len(items), len(items))
     changes = np.stack([one["changes"].numpy() for one in measured])  # (sequences, pairs, interventions, 4)
     log_perplexity = float(torch.stack([one["losses"] for one in measured]).mean())
     return [
@@ -199,6 +211,41 @@ def ablate(
         )
         for place, (operator, chosen) in enumerate(zip(operators, maps, strict=True))
     ]
+
+
+def _item(blocks: TokenBlocks, row: int, number: int, order: list[int]) -> Item:
+    tokens = blocks.batch([row])
+    return number, tokens.ids, tokens.special, order
+
+
+def _measure(
+    model: TransformersModel,
+    server: Server | None,
+    label: str,
+    some: Sequence[Item],
+    sites: Sequence[ResidualSite],
+    medians: torch.Tensor,
+    count: int | None,
+    runs: Sequence[Run],
+) -> list[dict[str, Any]]:
+    """Measure some sequences, here or in one job on a server."""
+    if server is None:
+        with torch.no_grad():
+            here: list[dict[str, Any]] = measure_all(model, label, some, sites, medians, count, runs)["measured"]
+        return here
+
+    def send(backend: Any) -> None:
+        with torch.no_grad(), model.session(backend=backend):
+            answer = save(measure_all(model, label, some, sites, medians, count, runs))  # noqa: F841
+
+    answer = run_job(server, model, send).get("answer")
+    if not isinstance(answer, dict) or answer.get("label") != label:
+        raise RemoteError("the answer is not of this job: with --resume-job, repeat exactly the call that sent it")
+    measured: list[dict[str, Any]] = answer["measured"]
+    wanted = (len(runs), len(runs[0][2]), 4), (some[0][1].shape[1] - 1,)
+    if len(measured) != len(some) or any((one["changes"].shape, one["losses"].shape) != wanted for one in measured):
+        raise RemoteError("the answer does not hold what was asked for; nothing was kept")
+    return measured
 
 
 def _check_finite(changes: torch.Tensor, sequence: int, operators: Sequence[TransportOperator], names: Sequence[str]) -> None:
@@ -249,7 +296,7 @@ def check_operator(operator: TransportOperator, info: ModelInfo) -> None:
             f"but {info.name} has width {info.d_model}"
         )
     fitted_on = operator.details.get("model", {})
-    if any(fitted_on.get(key, value) != value for key, value in info.contents().items()):
+    if not info.fits(fitted_on):
         raise OperatorError(
             f"operator {operator.source}:{operator.target} was fitted on {fitted_on.get('name')} ({fitted_on.get('dtype')}), "
             f"not on {info.name} ({info.dtype}): fit it again"

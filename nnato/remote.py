@@ -32,6 +32,7 @@ UNREADABLE = (torch.serialization.pickle.UnpicklingError, RuntimeError, ValueErr
 class Server(Protocol):
     """Where blocks can be sent: `NdifServer`, or `dry_run.DryRunServer`."""
 
+    host: str
     retries: int
     say: Callable[[str], None]
     sent: int
@@ -242,8 +243,8 @@ def run_job(server: Server, model: TransformersModel, send: Callable[[Any], None
     """
     attempt = 0
     while True:
-        backend = server.backend(model)
         try:
+            backend = server.backend(model)
             send(backend)
             answer: dict[str, Any] = backend.wait()
             return answer

@@ -53,6 +53,10 @@ class RemoteMoments:
             f"{tokens:,} tokens in {jobs} jobs: at most {18 * tokens / 1e6:.1f} MB to send in all, {answer / 1e6:.1f} MB back from each job"
         )
 
+    def about(self) -> dict[str, Any]:
+        """Where the sums come from, in JSON."""
+        return {"host": self.server.host, "dtype": self.dtype, "per_job": self.per_job}
+
     def _end(self, blocks: TokenBlocks, plan: Sequence[np.ndarray], cursor: int) -> int:
         """Number of the batch behind the job that begins with a batch."""
         folds = [tuple(blocks.index[rows[0], [2, 5]]) for rows in plan[cursor : cursor + self.per_job]]

@@ -5,6 +5,8 @@ the model has not passed. So every read and every edit gets a worker of its own,
 interleaver's list. Workers parked at one place are served in list order: what is read before a patch is unpatched, what is read after
 it is patched, as the code reads, and sites may be named in any order until a value is used.
 
+In generation the model makes one pass per token: the worker of an edit goes on to the next pass, until none comes.
+
 The class is written so that nnsight can ship it to a server by value: no zero-argument `super()`, no dataclasses, no imports inside
 methods. Private names of nnsight used here (`Mediator`, `_reindex_parked`, `Mediator.pending`, `_batch_size`, `_batcher_class`, …)
 are those of nnsight 0.8; `tests/test_trace.py` holds them to it.
@@ -12,6 +14,7 @@ are those of nnsight 0.8; `tests/test_trace.py` holds them to it.
 
 from __future__ import annotations
 
+import ast
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
@@ -20,9 +23,10 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
-from nnato.errors import ModelError, PositionError, SiteError
+from nnato.errors import ActivationError, ModelError, OperatorError, PositionError, SiteError
 from nnato.nnsight_setup import (
     InterleavingTracer,
+    Iterations,
     Mediator,
     OutOfOrderError,
     Tracer,
@@ -36,9 +40,10 @@ from nnato.nnsight_setup import (
 )
 from nnato.sites import ResidualSite
 
-__all__ = ["ATOTrace", "Residual", "TransformersModel", "find_blocks", "save"]
+__all__ = ["ATOTrace", "Edit", "Residual", "TransformersModel", "find_blocks", "save"]
 
 Positions = int | slice | Sequence[int] | torch.Tensor | None
+_ACT = "self._act(call)"  # what the worker of an edit runs
 
 
 class Residual(torch.Tensor):
@@ -118,22 +123,47 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
     All of nnsight's idioms (`.save()`, other modules of the model, `t.stop()`) work inside. Interventions asked for before the block, or in
     a block without a prompt, act on every pass in it.
 
+    With `max_new_tokens`, the model generates, and interventions act at every step::
+
+        with ATOTrace(model, "The Eiffel Tower is in", max_new_tokens=10) as t:
+            t.transport(operator, positions=slice(-1, None))  # the prompt's last token, and every new one
+            ids = t.result.save()
+
+    Positions then name tokens of the whole sequence: from 0 at the left of the padded prompt on through what is generated, negative ones
+    from the prompt's end. A token is edited in the pass that processes it. `residual` and `logits` are those of the first step; in a loop
+    over `t.iter[:]` they are those of its step, reads and edits are carried out in the order written, and positions count within the step.
+
     Args:
         model: What `load_model` returned, or any nnsight `TransformersModel`.
         inputs: A prompt, prompts, or token ids, as nnsight takes them. Several prompts are padded on the left.
+        max_new_tokens: Generate up to so many tokens, instead of one forward pass; `t.result` is then the ids, prompt included.
         remote: False to run here; True, "local" or a URL as in nnsight's `trace`. What goes wrong is raised as `RemoteError`.
         backend: An nnsight backend to run the block instead, e.g. one of a `DryRunServer`.
-        forward: Keyword arguments of the model's forward, e.g. `input_ids=`, `use_cache=False`.
+        forward: Keyword arguments of the model's forward or `generate`, e.g. `input_ids=`, `use_cache=False`.
     """
 
-    def __init__(self, model: TransformersModel, *inputs: Any, remote: bool | str = False, backend: Any = None, **forward: Any) -> None:
+    def __init__(
+        self,
+        model: TransformersModel,
+        *inputs: Any,
+        max_new_tokens: int | None = None,
+        remote: bool | str = False,
+        backend: Any = None,
+        **forward: Any,
+    ) -> None:
         if backend is None and remote:
             from nnato.remote import live_backend  # never on a server: what a class names at the top travels with it
 
             backend = live_backend(model, remote)
-        InterleavingTracer.__init__(self, model, model._call, *inputs, backend=backend, **forward)
+        call = model._call
+        if max_new_tokens is not None:
+            call, forward["max_new_tokens"] = model.generate, max_new_tokens
+        InterleavingTracer.__init__(self, model, call, *inputs, backend=backend, **forward)
         self.blocks_path, self.n_blocks, _ = find_blocks(model._module)
         self.queue: list[tuple[str, tuple[Any, ...]]] = []
+        self.max_new_tokens = max_new_tokens
+        self.repeats = max_new_tokens is not None  # whether edits go on from pass to pass
+        self.in_order = False  # whether calls in the block are carried out where they stand
         self.ran = False
 
     # ---- reading -------------------------------------------------------------------------------------------------------
@@ -146,7 +176,7 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
             OutOfOrderError: A value from behind this site was already used in the block.
         """
         asked = Residual.ask(self, ResidualSite.parse(site, self.n_blocks))
-        if self._standing_at(asked.site):
+        if self.in_order or self._standing_at(asked.site):
             asked.wait()
         else:
             self._start("asked.value = self._read(asked.site)", [asked.site], asked=asked)
@@ -157,6 +187,12 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         """The model's logits, (batch, positions, vocabulary), after any final soft-cap; waits for the end of the pass."""
         logits: torch.Tensor = self.envoy.output.logits
         return logits
+
+    @property
+    def iter(self) -> Iterations:
+        """Steps of a generation to loop over, as nnsight's; from here on, reads and edits are carried out in the order written."""
+        self.in_order = True
+        return InterleavingTracer.iter.fget(self)
 
     # ---- editing -------------------------------------------------------------------------------------------------------
 
@@ -179,27 +215,61 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
     def transport(
         self,
         operator: Callable[[torch.Tensor], torch.Tensor] | None,
-        source: int | str | ResidualSite,
-        target: int | str | ResidualSite,
+        source: int | str | ResidualSite | None = None,
+        target: int | str | ResidualSite | None = None,
         positions: Positions = None,
     ) -> None:
         """Replace the residual at `target` by `operator` of the residual at `source` of the same pass and positions.
 
         Args:
             operator: A map of (…, d_model) to (…, d_model), e.g. a `TransportOperator`; None is the identity.
-            source: Where it reads.
-            target: Where it writes; behind `source`.
+            source: Where it reads; by default the operator's own source.
+            target: Where it writes; behind `source`; by default the operator's own target.
             positions: As in `patch`.
 
         Raises:
-            SiteError: A site does not exist, or the source lies behind the target.
+            SiteError: A site does not exist or is not given, or the source lies behind the target.
             PositionError: A position lies outside the sequence.
             OutOfOrderError: A value from behind a site was already used in the block.
         """
+        source = getattr(operator, "source", None) if source is None else source
+        target = getattr(operator, "target", None) if target is None else target
+        if source is None or target is None:
+            raise SiteError("transport needs a source and a target: this operator names none, so give them")
         sites = [ResidualSite.parse(source, self.n_blocks), ResidualSite.parse(target, self.n_blocks)]
         if sites[0] > sites[1]:
             raise SiteError(f"transport {sites[0]}:{sites[1]}: the source must not lie behind the target")
         self._edit("_transport", sites, operator, positions)
+
+    def identity(self, source: int | str | ResidualSite, target: int | str | ResidualSite, positions: Positions = None) -> None:
+        """Replace the residual at `target` by the one at `source`, as `transport` does without a map."""
+        self.transport(None, source, target, positions)
+
+    def zero(self, site: int | str | ResidualSite, positions: Positions = None) -> None:
+        """Replace the residual at some positions of a site by zero, as `patch` does."""
+        self.patch(site, 0.0, positions)
+
+    def mean(self, site: int | str | ResidualSite, mean: Any, positions: Positions = None) -> None:
+        """Replace the residual at some positions of a site by a mean residual.
+
+        Args:
+            site: Where.
+            mean: The mean, float (d_model,), or a `TransportOperator` from or to this site, which knows that of its training tokens.
+            positions: As in `patch`.
+
+        Raises:
+            OperatorError: It holds no mean of this site.
+            SiteError: The model has no such site.
+            PositionError: A position lies outside the sequence.
+            OutOfOrderError: A value from behind this site was already used in the block.
+        """
+        at = ResidualSite.parse(site, self.n_blocks)
+        if not isinstance(mean, torch.Tensor):
+            known = {getattr(mean, end, None): getattr(mean, f"{end}_mean", None) for end in ("source", "target")}
+            if known.get(at) is None:
+                raise OperatorError(f"no mean of site {at}: give a tensor (d_model,), or an operator from or to that site")
+            mean = known[at]
+        self.patch(at, mean, positions)
 
     def resume(self, site: int | str | ResidualSite, value: torch.Tensor) -> None:
         """Start the forward pass behind `site`: its residual is `value`, and the blocks up to it do not run.
@@ -212,7 +282,10 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
 
         Raises:
             SiteError: The block does not exist, or is `embed`.
+            ValueError: The trace generates.
         """
+        if self.repeats:
+            raise ValueError("resume starts one forward pass: it cannot be used in generation")
         last = ResidualSite.parse(site, self.n_blocks)
         if last < 0:
             raise SiteError("resume from 'embed' would skip nothing: use patch('embed', …)")
@@ -230,38 +303,85 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         if last < self.n_blocks - 1:
             self._edit("_skip_after", [last])
 
+    def persist(self) -> Edit:
+        """Make the interventions asked for so far act on every later trace and generation of the model, until removed.
+
+        In use::
+
+            t = ATOTrace(model)
+            t.transport(operator)
+            with t.persist():
+                ...  # here the model is edited, and no longer behind it, whatever happened
+
+        They act through nnsight, so not where the bare module is called. A number among the positions must lie within the prompt.
+
+        Raises:
+            ValueError: Nothing was asked for, or `resume`, or the trace has run.
+        """
+        if self.envoy is None or not self.queue:
+            raise ValueError("persist keeps what was asked for on a trace that has not run: call for example t.transport(operator) first")
+        if any(method == "_resume" for method, _ in self.queue):
+            raise ValueError("resume starts one forward pass: it cannot persist")
+        kept = ATOTrace(self.envoy)
+        kept.repeats = True
+        node = ast.parse(f"with _:\n {_ACT}").body[0]  # the form in which nnsight ships an edit together with its model
+        workers = [
+            Mediator(compile(_ACT, "<nnato>", "exec"), {}, {"self": kept, "call": call}, copy=True, node=node) for call in self.queue
+        ]
+        self.queue = []
+        return Edit(kept.envoy, workers)
+
     def _edit(self, method: str, sites: list[ResidualSite], *arguments: Any) -> None:
         call = (method, (*sites, *arguments))
-        if _worker() is None:
+        me = _worker()
+        if me is None:
             self.queue.append(call)
-        elif self._standing_at(sites[0]) and len(sites) == 1:
-            self._do(call)
+        elif self.in_order or (self._standing_at(sites[0]) and len(sites) == 1 and not self.repeats):
+            self._do(call, Passes())
+        elif self.repeats and me.pending is not None:
+            raise OutOfOrderError("in generation, ask for edits before a value is used, or within a loop over t.iter")
         else:
-            self._start("self._do(call)", sites, call=call)
+            self._start(_ACT, sites, call=call)
 
-    def _do(self, call: tuple[str, tuple[Any, ...]]) -> None:
-        getattr(self, call[0])(*call[1])
+    def _act(self, call: tuple[str, tuple[Any, ...]]) -> None:
+        """Carry out an edit: in one pass, or in every pass that comes."""
+        passes = Passes()
+        if not self.repeats:
+            self._do(call, passes)
+            return
+        passes.expected = self.max_new_tokens
+        while True:
+            _worker().iteration = passes.number
+            try:
+                self._do(call, passes)
+            except OutOfOrderError:
+                if passes.number == 0:
+                    raise
+                return  # no pass came any more
+            passes.number += 1
 
-    def _patch(self, site: ResidualSite, value: Any, positions: Positions) -> None:
+    def _do(self, call: tuple[str, tuple[Any, ...]], passes: Passes) -> None:
+        getattr(self, call[0])(passes, *call[1])
+
+    def _patch(self, passes: Passes, site: ResidualSite, value: Any, positions: Positions) -> None:
         old = self._read(site)
         new = _plain(value)
-        self._write(site, old, new(old) if callable(new) else new, positions)
+        self._write(passes, site, old, new(old) if callable(new) else new, positions)
 
-    def _transport(self, source: ResidualSite, target: ResidualSite, operator: Any, positions: Positions) -> None:
+    def _transport(self, passes: Passes, source: ResidualSite, target: ResidualSite, operator: Any, positions: Positions) -> None:
         x = self._read(source)
         if operator is not None:
             # A server may run the block under autocast; switch it off around the mathematics, never around a read.
             with torch.autocast(device_type=x.device.type, enabled=False):
                 x = operator(x)
-        self._write(target, self._read(target), x, positions)
+        self._write(passes, target, self._read(target), x, positions)
 
-    def _resume(self, _: ResidualSite, last: ResidualSite, value: torch.Tensor) -> None:
-        parameter = next(self.envoy._module.parameters())
-        value = value.to(parameter.device, parameter.dtype)
+    def _resume(self, _: Passes, first: ResidualSite, last: ResidualSite, value: torch.Tensor) -> None:
+        value = value.to(self._read(first))
         for block in range(last + 1):
             self._block(ResidualSite(block)).skip(value)
 
-    def _skip_after(self, last: ResidualSite) -> None:
+    def _skip_after(self, _: Passes, last: ResidualSite) -> None:
         value = self._read(last)
         for block in range(last + 1, self.n_blocks):
             self._block(ResidualSite(block)).skip(value)
@@ -280,14 +400,22 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         found: torch.Tensor = value[0] if isinstance(value, tuple) else value
         return found
 
-    def _write(self, site: ResidualSite, old: torch.Tensor, new: Any, positions: Positions) -> None:
-        edited = old.clone()
+    def _write(self, passes: Passes, site: ResidualSite, old: torch.Tensor, new: Any, positions: Positions) -> None:
         length = old.shape[1]
-        at = _index(positions, length)
+        at, among = passes.locate(positions, length)
+        if not at:
+            return
+        edited = old.clone()
         if isinstance(new, torch.Tensor):
             new = new.to(edited)
             if new.dim() == 3 and new.shape[1] == length:
                 new = new[:, at]
+            elif among and new.dim() > 1 and new.shape[-2] == len(among):
+                new = new[..., [place for place, here in enumerate(among) if here], :]
+            room = edited[:, at].shape
+            if new.dim() > 3 or any(size not in (1, there) for size, there in zip(new.shape[::-1], room[::-1], strict=False)):
+                step = "" if passes.number == 0 else f" at step {passes.number}; transport reads anew at every step"
+                raise ActivationError(f"a value of shape {tuple(new.shape)} does not fit {tuple(room)} at site {site}{step}")
         edited[:, at] = new
         block = self._block(site)
         if site < 0:
@@ -312,6 +440,10 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         for site in sites:
             if me.occurrence(self._location(site)) > 0:
                 raise OutOfOrderError(f"site {site} has already passed: a value from behind it was used before this line")
+        if me.pending is not None and type(interleaver).__name__ == "IPCInterleaver":
+            # The sandbox of a server knows workers by their number, so none can join once the pass has begun: do it here, as written.
+            exec(code, {**names, "self": self})
+            return
         worker = Mediator(compile(code, "<nnato>", "exec"), {}, {**names, "self": self})
         worker.batch_group = me.batch_group
         interleaver.mediators.insert([other is me for other in interleaver.mediators].index(True), worker)
@@ -319,25 +451,26 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         interleaver._reindex_parked()
 
     def _queued_workers(self) -> list[Mediator]:
-        return [Mediator(compile("self._do(call)", "<nnato>", "exec"), {}, {"self": self, "call": call}) for call in self.queue]
+        return [Mediator(compile(_ACT, "<nnato>", "exec"), {}, {"self": self, "call": call}) for call in self.queue]
 
     # ---- running -------------------------------------------------------------------------------------------------------
 
     def run(self, *inputs: Any, read: Iterable[int | str | ResidualSite] = (), **forward: Any) -> dict[str, Any]:
-        """In a block without a prompt: one forward pass, under the interventions asked for so far.
+        """In a block without a prompt: one forward pass or generation, under the interventions asked for so far.
 
         Returns:
-            A dictionary: `logits`, (batch, positions, vocabulary), and `residuals`, by site as given, each (batch, positions, d_model).
+            A dictionary: `logits`, (batch, positions, vocabulary), or the `ids` of a generation, (batch, tokens), and `residuals`, by site
+            as given, each (batch, positions, d_model).
         """
         if self.envoy.interleaver.mediators:
             raise ValueError("use t.run or t.invoke in one ATOTrace, not both")
         self.ran = True
-        inner = ATOTrace(self.envoy, *inputs, **forward)
+        inner = ATOTrace(self.envoy, *inputs, **{**self.kwargs, **forward})
         inner.queue = self.queue
         with inner:
             residuals = {site: inner.residual(site) for site in read}
-            logits = inner.logits
-        return {"logits": logits, "residuals": residuals}
+            output = inner.result if inner.repeats else inner.logits
+        return {"ids" if inner.repeats else "logits": output, "residuals": residuals}
 
     def invoke(self, *inputs: Any, **forward: Any) -> Any:
         """One prompt of a batch, as nnsight's `invoke`. What was asked for before the first one acts on the whole batch."""
@@ -380,23 +513,73 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
             clear_shared_locals()
 
 
-def _index(positions: Positions, length: int) -> Any:
-    """Checked positions as an index of the second dimension."""
-    if positions is None:
-        return slice(None)
+class Edit:
+    """Interventions that act on every trace of a model until `remove`, or the end of a `with` block. Made by `ATOTrace.persist`."""
+
+    def __init__(self, model: TransformersModel, workers: list[Mediator]) -> None:
+        self.model, self.workers = model, workers
+        model._edits = [*model._edits, *workers]
+
+    def remove(self) -> None:
+        """Take them away; others stay."""
+        self.model._edits = [worker for worker in self.model._edits if worker not in self.workers]
+
+    def __enter__(self) -> Edit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class Passes:
+    """Where in a sequence an edit is: which pass, and how long the prompt was.
+
+    Attributes:
+        number: Of the pass, from 0.
+        prompt: Tokens of the first pass; None before it.
+        expected: Most tokens that are generated; None if nobody knows.
+    """
+
+    number = 0
+    prompt: int | None = None
+    expected: int | None = 1
+
+    def locate(self, positions: Positions, length: int) -> tuple[Any, list[bool]]:
+        """Find positions of the sequence among the last `length` tokens of it, which this pass processes.
+
+        Returns:
+            An index of the second dimension of the pass, empty if none is there; and of each position, whether it is there.
+
+        Raises:
+            PositionError: They name nothing, or a token that is not there or never will be.
+        """
+        if self.prompt is None:
+            self.prompt = length
+        if positions is None:
+            return slice(None), []
+        end = self.prompt + self.number
+        limit = self.prompt - 1 + (self.expected or 1)
+        chosen = _chosen(positions, self.prompt, limit, max(limit, end))
+        if not chosen and self.expected is not None:
+            raise PositionError(f"positions {positions} name none of the {limit} tokens")
+        here = [end - length <= position < end for position in chosen]
+        return [position - end + length for position, found in zip(chosen, here, strict=True) if found], here
+
+
+def _chosen(positions: Any, prompt: int, limit: int, end: int) -> list[int]:
+    """Checked positions, counted from the start of a sequence; negative ones count from the end of the prompt, slices go up to `end`."""
     if isinstance(positions, torch.Tensor):
         if positions.dtype == torch.bool or positions.dim() > 1:
             raise PositionError(f"positions of dtype {positions.dtype} and shape {tuple(positions.shape)}: give indices, not a mask")
         positions = positions.tolist()
     if isinstance(positions, slice):
-        positions = range(length)[positions]
+        start, stop = [bound if bound is None or bound >= 0 else max(0, bound + prompt) for bound in (positions.start, positions.stop)]
+        return list(range(end)[start : stop : positions.step])
     chosen = [operator.index(positions)] if hasattr(positions, "__index__") else [operator.index(position) for position in positions]
-    if not chosen:
-        raise PositionError(f"positions {positions} name none of the {length} tokens")
     for position in chosen:
-        if not -length <= position < length:
-            raise PositionError(f"position {position} lies outside the sequence of {length} tokens")
-    return chosen
+        if not -prompt <= position < limit:
+            raise PositionError(f"position {position} lies outside the sequence of {limit} tokens")
+    return [position + prompt if position < 0 else position for position in chosen]
 
 
 def find_blocks(module: torch.nn.Module) -> tuple[str, int, int]:

@@ -17,22 +17,21 @@ from nnato.sites import Pair
 from nnato.statistics import ResidualBatch
 from nnato.storage import read_artifact, read_metadata, write_artifact
 
-PART = "moments-part"
+KIND = "moments-part"
 
 
 class TransportMoments:
     """Everything operators of some pairs are fitted, chosen and judged by: moments per fold and token class, and of shuffled pairs.
 
-    Parts are named `train.ordinary.0` (split, token class, fold), `train.excluded` (all folds) and `shuffled`. With a folder, only parts
-    that are being added to are held in memory; one that is complete goes to a file there, `{name}.safetensors`, and what is asked of it
-    later is read from that file.
+    Parts are named `train.ordinary.0` (split, token class, fold), `train.excluded` (all folds) and `shuffled` (all of train). What is
+    excluded or shuffled is first added up per fold (`train.excluded.0`, `shuffled.0`), so that a fold that was added up elsewhere gives the
+    same bits. With a folder, only parts that are being added to are held in memory; one that is complete goes to a file there,
+    `{name}.safetensors`, and what is asked of it later is read from that file.
 
     Attributes:
         pairs: The (source, target) pairs.
         sites: Their sites, sorted.
         d_model: Width of the residual stream.
-        shuffled: Cross moments of ordinary training tokens at the source with tokens of *another document* at the same position of the
-            target: what is left of a pair when only position is shared (METHODS: shuffled-pair null).
     """
 
     def __init__(self, pairs: Iterable[Pair], d_model: int, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
@@ -40,8 +39,7 @@ class TransportMoments:
         self.d_model = d_model
         self.device = torch.device(device)
         self.folder = folder
-        self.shuffled = Moments(self.pairs, d_model, device)
-        self.sites = self.shuffled.sites
+        self.sites = Moments(self.pairs, 0).sites
         self._open: dict[str, Moments] = {}
         self._closed: dict[str, int] = {}
 
@@ -51,13 +49,14 @@ class TransportMoments:
         pairs = set(pairs)
         own = {site for pair in pairs for site in pair}
         part, shuffled = 8 * d_model**2 * (len(pairs) + len(own)), 8 * d_model**2 * len(pairs)
-        parts = len(FOLDED) * folds + len(SPLITS) - len(FOLDED) + len(SPLITS)
-        return parts * part + shuffled, 2 * part + shuffled
+        ordinary = len(FOLDED) * folds + len(SPLITS) - len(FOLDED)
+        # At the end the last fold's excluded tokens are still apart; at one time, the shuffled pairs of a fold too.
+        return (ordinary + len(SPLITS) + 1) * part + shuffled, 3 * part + 2 * shuffled
 
     @property
     def rows(self) -> dict[str, int]:
         """Number of rows of each part."""
-        return self._closed | {key: part.n for key, part in self._open.items()} | {"shuffled": self.shuffled.n}
+        return self._closed | {key: part.n for key, part in self._open.items()}
 
     def folds(self, split: str) -> tuple[int, ...]:
         """The folds of a split that hold ordinary tokens, sorted."""
@@ -83,11 +82,10 @@ class TransportMoments:
             MomentsError: The batch belongs to a fold that is complete already.
         """
         batch.check_finite()
-        names = (f"{batch.split}.ordinary.{batch.fold}", f"{batch.split}.excluded")
-        self._close_all_but(names)
-        ordinary, excluded = (self._opened(name) for name in names)
-        shuffled = self.shuffled if batch.split == "train" else None
-        add_batch(batch.residuals, batch.ordinary, batch.excluded, batch.documents, ordinary, excluded, shuffled)
+        ordinary, excluded, shuffled = self._enter(batch.split, batch.fold)
+        null = self._opened(shuffled) if batch.split == "train" else None
+        parts = self._opened(ordinary), self._opened(excluded), null
+        add_batch(batch.residuals, batch.ordinary, batch.excluded, batch.documents, *parts)
 
     def add(self, split: str, fold: int, ordinary: Moments, excluded: Moments | None, shuffled: Moments | None) -> None:
         """Add moments that were accumulated elsewhere, of batches of one fold.
@@ -102,29 +100,37 @@ class TransportMoments:
         Raises:
             MomentsError: The moments are of other pairs, or the fold is complete already.
         """
-        names = (f"{split}.ordinary.{fold}", f"{split}.excluded")
-        self._close_all_but(names)
-        merged = {name: self._opened(name).merge(part) for name, part in zip(names, (ordinary, excluded), strict=True) if part is not None}
-        both = self.shuffled if shuffled is None else self.shuffled.merge(shuffled)
-        self._open |= merged
-        self.shuffled = both
+        parts = zip(self._enter(split, fold), (ordinary, excluded, shuffled), strict=True)
+        self._open |= {name: self._opened(name).merge(part) for name, part in parts if part is not None}
 
-    def _close_all_but(self, names: Iterable[str]) -> None:
-        """Write parts that are complete to their files. A checkpoint that names such a file is written later, so it always exists."""
-        if self.folder is None:
-            return
+    def _enter(self, split: str, fold: int) -> tuple[str, str, str]:
+        """Make a fold the one that is added to, so that what was added to another is complete; the names of its parts.
+
+        Complete parts go to their files. A checkpoint that names such a file is written later, so it always exists.
+        """
+        names = (f"{split}.ordinary.{fold}", f"{split}.excluded.{fold}", f"shuffled.{fold}")
         for key in [key for key in self._open if key not in names]:
+            total, _, _ = key.rpartition(".")
+            if total == "shuffled" or total.endswith(".excluded"):
+                self._open[total] = self._opened(total).merge(self._open.pop(key))
+        for key in [key for key in self._open if key not in (*names, f"{split}.excluded", "shuffled")] if self.folder else ():
             part = self._open[key]
-            write_artifact(self._file(key), PART, {"mean": part.mean, "scatter": part.scatter}, self._label(key, part.n))
+            write_artifact(self._file(key), KIND, {"mean": part.mean, "scatter": part.scatter}, self._label(key, part.n))
             self._closed[key] = part.n
             del self._open[key]
+        return names
 
     def _opened(self, key: str) -> Moments:
         if key in self._closed:
             raise MomentsError(f"part {key} of the moments is complete: the batches of a fold must come in a row")
         if key not in self._open:
-            self._open[key] = Moments.of_pairs(self.pairs, self.d_model, self.device)
+            self._open[key] = self._empty(key)
         return self._open[key]
+
+    def _empty(self, key: str) -> Moments:
+        if key.startswith("shuffled"):
+            return Moments(self.pairs, self.d_model, self.device)
+        return Moments.of_pairs(self.pairs, self.d_model, self.device)
 
     def _file(self, key: str) -> Path:
         if self.folder is None:
@@ -139,7 +145,16 @@ class TransportMoments:
     @property
     def has_excluded(self) -> bool:
         """Whether special tokens, first positions and sinks were kept, so that `tokens="all"` means something."""
-        return any(key.endswith(".excluded") for key in self.rows)
+        return any(".excluded" in key for key in self.rows)
+
+    @property
+    def shuffled(self) -> Moments:
+        """Cross moments of ordinary training tokens at the source with tokens of *another document* at the same position of the target.
+
+        What is left of a pair when only position is shared (METHODS: shuffled-pair null).
+        """
+        parts = [part for key, part in sorted(self._open.items()) if key.startswith("shuffled")]
+        return functools.reduce(Moments.merge, parts, self._empty("shuffled"))
 
     def of(self, split: str, tokens: str = "ordinary", pairs: Iterable[Pair] | None = None, folds: Iterable[int] | None = None) -> Moments:
         """Moments of a split, or of some of its folds.
@@ -165,7 +180,7 @@ class TransportMoments:
         if missing := set(chosen) - set(there):
             raise MomentsError(f"the {split} split has no fold {min(missing)}; it has {', '.join(map(str, there)) or 'none'}")
         keys = [f"{split}.ordinary.{fold}" for fold in chosen]
-        keys += [f"{split}.excluded"] if tokens == "all" and f"{split}.excluded" in self.rows else []
+        keys += sorted(key for key in self.rows if tokens == "all" and key.startswith(f"{split}.excluded"))
         blocks = Moments.of_pairs(self.pairs if pairs is None else pairs, 0).blocks
         found = [self._part(key, blocks) for key in keys]
         if not found:
@@ -177,7 +192,7 @@ class TransportMoments:
             return self._open[key].select(blocks)
         whole, part = Moments.of_pairs(self.pairs, 0), Moments(blocks, self.d_model, self.device)
         wanted = [whole._block(*block) for block in part.blocks]
-        tensors, metadata = read_artifact(self._file(key), PART, {"scatter": wanted})
+        tensors, metadata = read_artifact(self._file(key), KIND, {"scatter": wanted})
         self._check_label(key, metadata)
         sites = [whole._site(site) for site in part.sites]
         try:
@@ -195,13 +210,12 @@ class TransportMoments:
 
     def state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """Tensors and JSON of everything that is not in files of its own."""
-        parts = self._open | {"shuffled": self.shuffled}
-        tensors = {f"{key}.mean": moments.mean for key, moments in parts.items()}
-        tensors |= {f"{key}.scatter": moments.scatter for key, moments in parts.items()}
+        tensors = {f"{key}.mean": moments.mean for key, moments in self._open.items()}
+        tensors |= {f"{key}.scatter": moments.scatter for key, moments in self._open.items()}
         metadata = {
             "pairs": [[source.key, target.key] for source, target in self.pairs],
             "d_model": self.d_model,
-            "rows": {key: moments.n for key, moments in parts.items()},
+            "rows": {key: moments.n for key, moments in self._open.items()},
             "files": dict(self._closed),
         }
         return tensors, metadata
@@ -219,15 +233,14 @@ class TransportMoments:
         rows, files = metadata.get("rows"), metadata.get("files")
         if not isinstance(rows, dict) or set(tensors) != {f"{key}.{part}" for key in rows for part in ("mean", "scatter")}:
             raise MomentsError("the stored moments lack some of their tensors")
-        if not isinstance(files, dict) or any(key in rows or not _PART_NAME.fullmatch(key) for key in files):
+        if not isinstance(files, dict) or set(files) & set(rows) or not all(_PART.fullmatch(key) for key in (*files, *rows)):
             raise MomentsError("the stored moments do not say which of their parts lie in files")
         for key, n in rows.items():
-            moments = fresh.shuffled if key == "shuffled" else fresh._opened(key)
-            moments._take(key, n, {part: tensors[f"{key}.{part}"] for part in ("mean", "scatter")})
+            fresh._opened(key)._take(key, n, {part: tensors[f"{key}.{part}"] for part in ("mean", "scatter")})
         fresh._closed = dict(files)
         for key in files:
-            fresh._check_label(key, read_metadata(fresh._file(key), PART))
-        self._open, self._closed, self.shuffled = fresh._open, fresh._closed, fresh.shuffled
+            fresh._check_label(key, read_metadata(fresh._file(key), KIND))
+        self._open, self._closed = fresh._open, fresh._closed
 
 
-_PART_NAME = re.compile(r"(train|validation|test)\.(ordinary\.\d{1,6}|excluded)")
+_PART = re.compile(r"(train|validation|test)\.(ordinary\.\d{1,6}|excluded(\.\d{1,6})?)|shuffled(\.\d{1,6})?")

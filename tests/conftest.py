@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,7 +30,10 @@ from transformers import (
 
 from nnato.corpus import Corpus
 from nnato.models import wrap
+from nnato.operators import TransportOperator
+from nnato.sites import ResidualSite
 from nnato.storage import cache_dir
+from nnato.trace import TransformersModel
 
 VOCABULARY = 97
 WIDTH = 16
@@ -116,16 +123,19 @@ def saved_model(tmp_path_factory, tokenizer):
     return folder
 
 
+# Tiny models gain nothing from threads, and crawl when other processes compete. Set here, before any fixture starts a server.
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def one_thread(request, monkeypatch):
-    """Tiny models gain nothing from threads, and crawl when another process competes for the cores."""
-    if "model" not in request.keywords:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
+def all_threads_for_real_models(request, monkeypatch):
+    if "model" in request.keywords:
+        torch.set_num_threads(THREADS)
         yield
-        torch.set_num_threads(before)
+        torch.set_num_threads(1)
     else:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         yield
 
 
@@ -140,13 +150,17 @@ def own_cache(request, tmp_path, monkeypatch):
     monkeypatch.setenv("NNATO_CACHE", str(tmp_path / "cache"))
 
 
-def hook_residuals(module, ids, edits=()):
+def hook_residuals(module, ids, edits=(), **forward):
     """Residuals of every block by plain forward hooks, and the logits: the independent reference. edits: {block: function}."""
     blocks = next(m for n, m in module.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
     seen, handles = {}, []
 
     def before(_, args, kwargs):
         seen["embed"] = args[0] if args else kwargs["hidden_states"]
+        if "embed" in dict(edits):
+            seen["embed"] = dict(edits)["embed"](seen["embed"], seen)
+            return ((seen["embed"], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": seen["embed"]})
+        return None
 
     handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
     for number, block in enumerate(blocks):
@@ -162,8 +176,95 @@ def hook_residuals(module, ids, edits=()):
         handles.append(block.register_forward_hook(after))
     try:
         with torch.no_grad():
-            logits = module(input_ids=ids, use_cache=False).logits
+            logits = module(input_ids=ids, use_cache=False, **forward).logits
     finally:
         for handle in handles:
             handle.remove()
     return seen, logits
+
+
+def make_operator(source, target):
+    generator = torch.Generator().manual_seed(2)
+    tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,))]
+    return TransportOperator(ResidualSite.parse(source), ResidualSite.parse(target), *tensors, details={"secret": "stays here"})
+
+
+def put(positions, value):
+    """A hook's edit: `value`, or a function of the residuals seen so far, at positions of the sequence that exist already."""
+
+    def edit(residual, seen):
+        new = value(seen) if callable(value) else value
+        at = range(residual.shape[1])[positions] if isinstance(positions, slice) else [p for p in positions if p < residual.shape[1]]
+        residual = residual.clone()
+        residual[:, list(at)] = new[:, list(at)] if isinstance(new, torch.Tensor) and new.dim() == 3 else torch.as_tensor(new).to(residual)
+        return residual
+
+    return edit
+
+
+def hook_generate(module, ids, edits, steps):
+    """Greedy generation without a cache and without end: one full pass per token, edited by forward hooks."""
+    for _ in range(steps):
+        logits = hook_residuals(module, ids, edits)[1][:, -1].clone()
+        logits[:, 2] = -torch.inf  # the end of the sequence
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+# ---- a real NDIF server ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ndif_host():
+    """The address of an NDIF server, started for this run. Skips with the reason where its environment is missing."""
+    command = [sys.executable, str(Path(__file__).parent / "ndif" / "server.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as server:
+        line = server.stdout.readline()
+        if not line:
+            reason = server.stderr.read()
+            if server.wait() == 3:
+                pytest.skip(reason.strip())
+            pytest.fail(f"the NDIF server did not start: {reason}")
+        try:
+            yield json.loads(line)["host"]
+        finally:
+            server.stdin.close()  # the server stops
+            server.wait(90)
+
+
+@pytest.fixture(scope="session")
+def ndif_models(ndif_host, tmp_path_factory):
+    """By architecture, what `on_ndif` gives: made once, since the server loads a model when it is first asked for its folder."""
+    from nnsight import CONFIG
+    from nnsight.modeling import huggingface
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CONFIG.API, "HOST", ndif_host)
+        patch.setattr(CONFIG.API, "APIKEY", None)
+        patch.setattr(CONFIG.APP, "REMOTE_LOGGING", False)
+        served = {}
+        for name in ("gemma2", "gpt2"):
+            folder, module = str(tmp_path_factory.mktemp(f"ndif-{name}")), make_module(name)
+            module.save_pretrained(folder)
+            make_tokenizer().save_pretrained(folder)
+            patch.setitem(huggingface._ID_CACHE, folder, folder)  # a folder needs no look-up on the hub
+            served[name] = TransformersModel(folder, task="text-generation", tokenizer=make_tokenizer()), module, ndif_host
+        yield served
+
+
+@pytest.fixture(params=["gemma2", "gpt2"])
+def on_ndif(request, ndif_models):
+    """(a model without weights, the same module here, the host): `remote=True` runs on the host."""
+    return ndif_models[request.param]
+
+
+@pytest.fixture(params=["trusted", "sandboxed"])
+def either_way(request, monkeypatch):
+    """Requests run in the process of the model, as those of trusted keys do, and in a sandbox, as all others."""
+    from nnsight.schema.request import RequestModel
+
+    envelope = RequestModel.metadata
+    answer = request.param == "trusted"
+    monkeypatch.setattr(RequestModel, "metadata", lambda self: json.dumps({**json.loads(envelope(self)), "trusted": answer}))
+    return request.param

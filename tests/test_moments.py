@@ -285,11 +285,11 @@ def test_state_restores_bit_for_bit():
     [
         (lambda t, m: m.update(d_model=7), "other pairs or another width"),
         (lambda t, m: m.update(pairs=[[0, 2]]), "other pairs or another width"),
-        (lambda t, m: t.pop("shuffled.mean"), "lack some of their tensors"),
-        (lambda t, m: t.update({"shuffled.mean": torch.zeros(1)}), "another shape or dtype"),
-        (lambda t, m: t.update({"shuffled.mean": t["shuffled.mean"].float()}), "another shape or dtype"),
-        (lambda t, m: t.update({"shuffled.mean": t["shuffled.mean"] * float("nan")}), "not finite"),
-        (lambda t, m: m["rows"].update(shuffled=-1), "number of rows of shuffled is -1"),
+        (lambda t, m: t.pop("shuffled.0.mean"), "lack some of their tensors"),
+        (lambda t, m: t.update({"shuffled.0.mean": torch.zeros(1)}), "another shape or dtype"),
+        (lambda t, m: t.update({"shuffled.0.mean": t["shuffled.0.mean"].float()}), "another shape or dtype"),
+        (lambda t, m: t.update({"shuffled.0.mean": t["shuffled.0.mean"] * float("nan")}), "not finite"),
+        (lambda t, m: m["rows"].update({"shuffled.0": -1}), "number of rows of shuffled.0 is -1"),
     ],
 )
 def test_states_that_do_not_fit_are_refused_and_change_nothing(change, message):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import warnings
+
 import nnsight
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS, WIDTH, hook_residuals
+from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, put
+from IPython.core.interactiveshell import InteractiveShell
 from nnsight.intervention.interleaver import OutOfOrderError
 
 from nnato.accumulation import capture
-from nnato.errors import PositionError, SiteError
+from nnato.errors import ActivationError, OperatorError, PositionError, SiteError
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace
 
@@ -272,3 +276,401 @@ def test_without_prompt_or_run_says_what_is_missing(model):
 def test_resume_from_embed_is_refused(model):
     with pytest.raises(SiteError, match="resume from 'embed'"):
         ATOTrace(model, input_ids=IDS).resume("embed", torch.zeros(2, 6, WIDTH))
+
+
+# ---- named interventions ---------------------------------------------------------------------------------------------------------------
+
+
+def test_named_interventions_equal_hooks(any_model):
+    operator, mean = make_operator(0, 2), torch.linspace(-1, 1, WIDTH)
+    named = {
+        "mean of a tensor": (lambda t: t.mean(2, mean, [2, 3]), put([2, 3], mean)),
+        "mean of an operator": (lambda t: t.mean(2, operator, [2, 3]), put([2, 3], operator.target_mean)),
+        "mean at its source": (lambda t: t.mean(0, operator, [2, 3]), put([2, 3], operator.source_mean)),
+        "zero": (lambda t: t.zero(2, slice(1, None)), put(slice(1, None), 0.0)),
+        "identity": (lambda t: t.identity(0, 2, [-1]), put([5], lambda seen: seen[0])),
+        "transport": (lambda t: t.transport(operator, positions=[1, 4]), put([1, 4], lambda seen: operator(seen[0]))),
+        "transport to elsewhere": (
+            lambda t: t.transport(operator, target=2, source="embed"),
+            put(slice(None), lambda seen: operator(seen["embed"])),
+        ),
+    }
+    for name, (ask, edit) in named.items():
+        _, want = hook_residuals(any_model._module, IDS, {0 if name == "mean at its source" else 2: edit}.items())
+        with ATOTrace(any_model, input_ids=IDS, use_cache=False) as t:
+            ask(t)
+            logits = t.logits.save()
+        torch.testing.assert_close(logits, want, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_mean_of_another_site_is_refused(model):
+    for mean in (make_operator(0, 3), None, "mean"):
+        with pytest.raises(OperatorError, match="no mean of site 2: give a tensor"):
+            ATOTrace(model, input_ids=IDS).mean(2, mean)
+
+
+def test_a_map_without_sites_needs_them(model):
+    with pytest.raises(SiteError, match="transport needs a source and a target"):
+        ATOTrace(model, input_ids=IDS).transport(torch.relu, target=2)
+
+
+@pytest.mark.parametrize("shape", [(WIDTH + 1,), (3, WIDTH), (5, 2, WIDTH), (1, 2, 2, WIDTH)])
+def test_values_that_do_not_fit_are_refused(model, shape):
+    with pytest.raises(ActivationError, match=r"a value of shape .* does not fit \(2, 2, 16\) at site 1$"):  # noqa: SIM117
+        with ATOTrace(model, input_ids=IDS) as t:
+            t.patch(1, torch.zeros(shape), positions=[1, 2])
+            t.logits.save()
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------------------------
+
+STEPS = 4
+LENGTH = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+VECTORS = torch.randn(3, 1, 1, WIDTH, generator=torch.Generator().manual_seed(9))
+
+
+def vectors(x, _):
+    return torch.cat([x[:, :2], *VECTORS[:1].expand(-1, 2, -1, -1), x[:, 3:7], *VECTORS[1:].expand(-1, 2, -1, -1)], dim=1)[:, : x.shape[1]]
+
+
+def nothing_yet(x, seen):
+    return put(slice(6, None), 0.0)(x, seen) if x.shape[1] > 6 else x
+
+
+ASKED = {
+    "nothing": (lambda t, operator: None, lambda operator: {}),
+    "transport everywhere": (
+        lambda t, operator: t.transport(operator),
+        lambda operator: {2: put(slice(None), lambda seen: operator(seen[0]))},
+    ),
+    "zero in the prompt": (lambda t, operator: t.zero(1, [1, -2]), lambda operator: {1: put([1, 4], 0.0)}),
+    "identity from the prompt's end on": (
+        lambda t, operator: t.identity(0, 2, slice(-1, None)),
+        lambda operator: {2: put(slice(5, None), lambda seen: seen[0])},
+    ),
+    "vectors in prompt and answer": (lambda t, operator: t.patch(1, VECTORS[:, 0, 0], [2, 7, 8]), lambda operator: {1: vectors}),
+    "a function everywhere": (lambda t, operator: t.patch(3, torch.neg), lambda operator: {3: lambda x, _: -x}),
+    "embeddings of the answer": (lambda t, operator: t.zero("embed", slice(6, None)), lambda operator: {"embed": nothing_yet}),
+    "two edits": (
+        lambda t, operator: (t.mean(1, operator.target_mean, [7]), t.transport(operator, positions=slice(5, 8))),
+        lambda operator: {1: put([7], operator.target_mean), 2: put(slice(5, 8), lambda seen: operator(seen[0]))},
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", list(ASKED))
+def test_edits_act_at_every_step_of_a_generation(any_model, name, cache):
+    operator = make_operator(0, 2)
+    ask, edits = ASKED[name]
+    want = hook_generate(any_model._module, IDS, edits(operator).items(), STEPS)
+    with ATOTrace(any_model, input_ids=IDS, use_cache=cache, **LENGTH) as t:
+        ask(t, operator)
+        ids = t.result.save()
+    assert torch.equal(ids, want)
+    assert name == "nothing" or not torch.equal(ids, hook_generate(any_model._module, IDS, (), STEPS))
+
+
+def test_a_generation_ends_without_warnings_and_leaves_the_model_as_it_was(model):
+    with ATOTrace(model, input_ids=IDS) as t:
+        clean = t.logits.save()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ATOTrace(model, input_ids=IDS, **LENGTH) as t:
+            t.zero(2)
+            t.identity(0, 1)
+    with ATOTrace(model, input_ids=IDS) as t:
+        assert torch.equal(t.logits, clean)
+        again = t.logits.save()
+    assert torch.equal(again, clean)
+
+
+def test_reads_of_a_generation_are_those_of_its_first_step_or_of_the_step_of_a_loop(any_model):
+    ids = hook_generate(any_model._module, IDS, {2: put(slice(None), 0.5)}.items(), STEPS)
+    seen, logits = hook_residuals(any_model._module, ids[:, :-1], {2: put(slice(None), 0.5)}.items())
+    with ATOTrace(any_model, input_ids=IDS, **LENGTH) as t:
+        t.patch(2, 0.5)
+        first = t.residual(3).save()
+        last = t.logits[:, -1].save()
+    torch.testing.assert_close(first, seen[3][:, :6], atol=1e-5, rtol=0)
+    torch.testing.assert_close(last, logits[:, 5], atol=1e-5, rtol=0)
+    with ATOTrace(any_model, input_ids=IDS, **LENGTH) as t:
+        t.patch(2, 0.5)
+        steps = nnsight.save([])
+        for _ in t.iter[:STEPS]:
+            early = t.residual(1) + 0
+            steps.append((early, t.residual(3), t.logits[:, -1]))
+    for number, (early, late, last) in enumerate(steps):
+        here = slice(0, 6) if number == 0 else slice(5 + number, 6 + number)
+        torch.testing.assert_close(early, seen[1][:, here], atol=1e-5, rtol=0)
+        torch.testing.assert_close(late, seen[3][:, here], atol=1e-5, rtol=0)
+        torch.testing.assert_close(last, logits[:, 5 + number], atol=1e-5, rtol=0)
+        assert type(late) is torch.Tensor
+
+
+def test_edits_in_a_loop_act_in_their_step(model):
+    want = hook_generate(model._module, IDS, {1: put([7], 0.0), 2: put([0], 1.0)}.items(), STEPS)
+    with ATOTrace(model, input_ids=IDS, **LENGTH) as t:
+        for step in t.iter[:STEPS]:
+            if step == 2:
+                t.zero(1, [0])  # the second new token
+            if step == 0:
+                t.patch(2, t.residual(2) * 0 + 1, [0])
+        ids = t.result.save()
+    assert torch.equal(ids, want)
+
+
+def test_an_open_loop_ends_with_the_generation(model):
+    want = hook_generate(model._module, IDS, {1: put(slice(None), 0.0)}.items(), STEPS)
+    with pytest.warns(UserWarning, match="was never reached"):  # noqa: PT031, SIM117
+        with ATOTrace(model, **LENGTH) as t:
+            with t.invoke(input_ids=IDS):
+                steps = nnsight.save([])
+                for step in t.iter[:]:
+                    t.zero(1)
+                    steps.append(step)
+            with t.invoke():
+                ids = t.result.save()
+    assert steps[:STEPS] == list(range(STEPS))
+    assert torch.equal(ids, want)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2, "do_sample": False}, {"do_sample": True}])
+def test_beams_and_samples_are_edited_as_by_hooks_on_generate(any_model, how):
+    blocks = next(m for m in any_model._module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
+    passed = 0
+
+    def negate(_, __, output):  # from the prompt's last token on
+        nonlocal passed
+        value = output[0] if isinstance(output, tuple) else output
+        value = value.clone()
+        value[:, max(0, 5 - passed) :] *= -1
+        passed += value.shape[1]
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    options = {**LENGTH, **how}
+    handle = blocks[1].register_forward_hook(negate)
+    torch.manual_seed(0)
+    want = any_model._module.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)
+    handle.remove()
+    torch.manual_seed(0)
+    with ATOTrace(any_model, input_ids=IDS, **options) as t:
+        t.patch(1, torch.neg, slice(-1, None))
+        ids = t.result.save()
+    torch.manual_seed(0)
+    clean = any_model._module.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)
+    assert torch.equal(ids, want)
+    assert not torch.equal(ids, clean)
+
+
+def test_runs_generate_too(model):
+    want = hook_generate(model._module, IDS, {1: put(slice(None), 0.0)}.items(), STEPS)
+    with ATOTrace(model, max_new_tokens=STEPS) as t:
+        t.zero(1)
+        results = nnsight.save([t.run(input_ids=IDS, min_new_tokens=STEPS, do_sample=False, read=[0])])
+    assert torch.equal(results[0]["ids"], want)
+    assert results[0]["residuals"][0].shape == (2, 6, WIDTH)
+    with ATOTrace(model) as t:
+        t.zero(1)
+        results = nnsight.save([t.run(input_ids=IDS, **LENGTH), t.run(input_ids=IDS, use_cache=False)])
+    assert torch.equal(results[0]["ids"], want)
+    assert torch.equal(results[1]["logits"], hook_residuals(model._module, IDS, {1: put(slice(None), 0.0)}.items())[1])
+
+
+def test_invokes_of_a_generation_are_edited_apart(model):
+    ids = model.tokenizer("w3 w4 w5 w6 w7", return_tensors="pt").input_ids
+    want = [hook_generate(model._module, ids, edits, STEPS) for edits in ((), {1: put(slice(None), 0.0)}.items())]
+    with ATOTrace(model, **LENGTH) as t:
+        with t.invoke("w3 w4 w5 w6 w7"):
+            x = t.residual(1).save()
+        with t.invoke("w3 w4 w5 w6 w7"):
+            t.zero(1)
+            y = t.residual(1).save()
+        with t.invoke():
+            both = t.result.save()
+    assert x.any()
+    assert not y.any()
+    assert torch.equal(both, torch.cat(want))
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda t: t.zero(1, [6 + STEPS - 1]), PositionError, "position 9 lies outside the sequence of 9 tokens"),
+        (lambda t: t.zero(1, [-7]), PositionError, "position -7 lies outside the sequence of 9 tokens"),
+        (lambda t: t.zero(1, slice(9, None)), PositionError, "name none of the 9 tokens"),
+        (lambda t: t.patch(2, t.residual(0)), ActivationError, "does not fit .* at step 1; transport reads anew at every step"),
+        (lambda t: (t.residual(2).sum(), t.zero(3)), OutOfOrderError, "ask for edits before a value is used"),
+        (lambda t: t.resume(1, torch.zeros(2, 6, WIDTH)), ValueError, "cannot be used in generation"),
+    ],
+)
+def test_what_a_generation_cannot_do_is_refused(model, ask, error, message):
+    with pytest.raises(error, match=message):  # noqa: SIM117
+        with ATOTrace(model, input_ids=IDS, **LENGTH) as t:
+            ask(t)
+
+
+# ---- persistent edits ------------------------------------------------------------------------------------------------------------------
+
+
+def test_persistent_edits_act_until_removed_and_leave_no_trace(any_model):
+    operator, module = make_operator(0, 2), any_model._module
+
+    def logits():
+        with ATOTrace(any_model, input_ids=IDS, use_cache=False) as t:
+            found = t.logits.save()
+        return found
+
+    clean = logits()
+    asked = ATOTrace(any_model)
+    asked.transport(operator, positions=[2, -1])
+    edit = asked.persist()
+    _, want = hook_residuals(module, IDS, {2: put([2, 5], lambda seen: operator(seen[0]))}.items())
+    torch.testing.assert_close(logits(), want, atol=1e-6, rtol=0)
+    with any_model.trace(input_ids=IDS, use_cache=False):
+        plain = any_model.output.logits.save()
+    torch.testing.assert_close(plain, want, atol=1e-6, rtol=0)
+
+    more = ATOTrace(any_model)
+    more.zero(1)
+    with more.persist():
+        edits = {1: put(slice(None), 0.0), 2: put([2, 5], lambda seen: operator(seen[0]))}
+        torch.testing.assert_close(logits(), hook_residuals(module, IDS, edits.items())[1], atol=1e-6, rtol=0)
+        ids = any_model.generate(input_ids=IDS, **LENGTH)
+        assert torch.equal(ids, hook_generate(module, IDS, edits.items(), STEPS))
+    torch.testing.assert_close(logits(), want, atol=1e-6, rtol=0)
+    edit.remove()
+    edit.remove()
+    assert torch.equal(logits(), clean)
+    with pytest.raises(ZeroDivisionError):  # noqa: SIM117
+        with edit_of_everything(any_model):
+            assert not torch.equal(logits(), clean)
+            print(1 // 0)
+    assert torch.equal(logits(), clean)
+    assert not any_model._edits
+
+
+def edit_of_everything(model):
+    asked = ATOTrace(model)
+    asked.zero(0)
+    return asked.persist()
+
+
+def test_a_persistent_edit_at_positions_acts_on_prompts_of_any_length(model):
+    asked = ATOTrace(model)
+    asked.zero(1, slice(3, None))
+    with asked.persist():
+        for ids in (IDS[:, :2], IDS):
+            _, want = hook_residuals(model._module, ids, {1: put(slice(3, None), 0.0)}.items())
+            with ATOTrace(model, input_ids=ids, use_cache=False) as t:
+                logits = t.logits.save()
+            torch.testing.assert_close(logits, want, atol=1e-6, rtol=0)
+        ids = model.generate(input_ids=IDS[:, :2], **LENGTH)
+        assert torch.equal(ids, hook_generate(model._module, IDS[:, :2], {1: put(slice(3, None), 0.0)}.items(), STEPS))
+
+
+def test_an_error_of_a_persistent_edit_is_raised_where_it_acts(model):
+    asked = ATOTrace(model)
+    asked.zero(1, [4])
+    with asked.persist(), pytest.raises(PositionError, match="position 4 lies outside the sequence of 2 tokens"):  # noqa: SIM117
+        with ATOTrace(model, input_ids=IDS[:, :2]) as t:
+            t.logits.save()
+    with ATOTrace(model, input_ids=IDS[:, :2], use_cache=False) as t:
+        logits = t.logits.save()
+    assert torch.equal(logits, hook_residuals(model._module, IDS[:, :2])[1])
+
+
+def test_nothing_to_persist_is_refused(model):
+    with pytest.raises(ValueError, match="persist keeps what was asked for"):
+        ATOTrace(model).persist()
+    t = ATOTrace(model)
+    t.resume(1, torch.zeros(2, 6, WIDTH))
+    with pytest.raises(ValueError, match="it cannot persist"):
+        t.persist()
+    t = ATOTrace(model, input_ids=IDS)
+    t.zero(1)
+    with t:
+        t.logits.save()
+    with pytest.raises(ValueError, match="on a trace that has not run"):
+        t.persist()
+
+
+# ---- prompts, and where a block may stand ----------------------------------------------------------------------------------------------
+
+
+def test_ragged_prompts_are_padded_on_the_left_and_masked(any_model):
+    prompts = ["w1 w2 w3 w4 w5 w6", "w9 w8", "w30 w31 w32 w33"]
+    batch = any_model.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    mask = batch.attention_mask
+    seen, want = hook_residuals(
+        any_model._module,
+        batch.input_ids,
+        {1: put([-1 % 7], 0.0)}.items(),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+    )
+    with ATOTrace(any_model, prompts, use_cache=False) as t:
+        t.zero(1, -1)
+        x, logits = t.residual(2).save(), t.logits.save()
+    torch.testing.assert_close(logits, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x[mask.bool()], seen[2][mask.bool()], atol=1e-5, rtol=0)
+    for row, prompt in enumerate(prompts):  # padding changes nothing that is no padding
+        with ATOTrace(any_model, prompt) as t:
+            t.zero(1, -1)
+            alone = t.logits.save()
+        torch.testing.assert_close(logits[row : row + 1][:, mask[row].bool()], alone, atol=1e-4, rtol=0)
+
+
+def test_ragged_prompts_generate_what_they_do_alone(any_model):
+    prompts, operator = ["w1 w2 w3 w4 w5 w6", "w9 w8"], make_operator(0, 2)
+    with ATOTrace(any_model, prompts, **LENGTH) as t:
+        t.transport(operator, positions=slice(-1, None))
+        ids = t.result.save()
+    for row, prompt in enumerate(prompts):
+        alone = any_model.tokenizer(prompt, return_tensors="pt").input_ids
+        edits = {2: put(slice(alone.shape[1] - 1, None), lambda seen: operator(seen[0]))}
+        assert torch.equal(ids[row, -STEPS:], hook_generate(any_model._module, alone, edits.items(), STEPS)[0, -STEPS:])
+
+
+def read_in_a_function(model, site, ids):
+    with ATOTrace(model, input_ids=ids, use_cache=False) as t:
+        t.zero(1, [2])
+        value = t.residual(site).save()
+    return value
+
+
+def test_functions_loops_and_coroutines(model):
+    seen, _ = hook_residuals(model._module, IDS, {1: put([2], 0.0)}.items())
+    for site in range(BLOCKS):
+        torch.testing.assert_close(read_in_a_function(model, site, IDS), seen[site], atol=1e-6, rtol=0)
+
+    async def wait_and_read(site):
+        await asyncio.sleep(0)
+        with ATOTrace(model, input_ids=IDS, use_cache=False) as t:
+            t.zero(1, [2])
+            value = t.residual(site).save()
+        await asyncio.sleep(0)
+        return value
+
+    async def both():
+        return await asyncio.gather(wait_and_read(3), wait_and_read(0))
+
+    late, early = asyncio.run(both())
+    torch.testing.assert_close(late, seen[3], atol=1e-6, rtol=0)
+    torch.testing.assert_close(early, seen[0], atol=1e-6, rtol=0)
+
+
+def test_cells_of_a_notebook(model):
+    shell = InteractiveShell.instance()
+    shell.user_ns.update(model=model, ids=IDS)
+    cells = (
+        "from nnato import ATOTrace",
+        "with ATOTrace(model, input_ids=ids, use_cache=False) as t:\n    t.zero(1, [2])\n    x = t.residual(3).save()",
+        "%time None\nfor site in (0, 2):\n    with ATOTrace(model, input_ids=ids) as t:\n        y = t.residual(site).save()",
+    )
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+    seen, _ = hook_residuals(model._module, IDS, {1: put([2], 0.0)}.items())
+    torch.testing.assert_close(shell.user_ns["x"], seen[3], atol=1e-6, rtol=0)
+    torch.testing.assert_close(shell.user_ns["y"], hook_residuals(model._module, IDS)[0][2], atol=1e-6, rtol=0)
+    InteractiveShell.clear_instance()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 @common.text_options
 @common.batch_option
 @common.model_options
+@common.remote_options
+@click.option("--per-job", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences in one job on a server.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results (JSON) and the figure.")
 @common.json_option
 def command(
@@ -50,6 +52,7 @@ def command(
     batch_size: int,
     device: str | None,
     dtype: str,
+    per_job: int,
     out: Path | None,
     as_json: bool,
     **text: Any,
@@ -62,6 +65,7 @@ def command(
     \b
     Examples:
       nnato ablate --positions 5
+      nnato ablate --model google/gemma-2-2b --pairs 10:12 --remote
       nnato ablate --pairs 9:12 --positions 10,50,70,100,120 --interventions transport,identity_shift,mean
     """
     from nnato.accumulation import accumulate_cached, default_corpus, tokenize
@@ -82,9 +86,11 @@ def command(
     if out is not None:
         prepare_folder(out.expanduser())
     chosen: list[TransportOperator] = [TransportOperator.load(path) for path in operators]
+    remote = common.take_remote_options(text, dtype)
+    server = remote.check()
     with common.progress_bar() as progress:
         name = model or (chosen[0].details.get("model", {}).get("name") if chosen else None)
-        loaded = common.load(name, device, dtype, progress)
+        loaded = common.load(name, device, dtype, progress, remote.on)
         info = describe(loaded)
         for operator in chosen:
             check_operator(operator, info)
@@ -93,19 +99,22 @@ def command(
         spec.check(corpus.context)
         blocks = tokenize(loaded, corpus, progress)
         choose_sequences(blocks, sequences)  # refuses too little text before the long part
-        if not chosen:
-            accumulated = accumulate_cached(loaded, blocks, wanted, batch_size=batch_size, progress=progress)
-            chosen = [result.operator for result in fit(accumulated, wanted, progress=progress)]
-        results = ablate(
-            loaded,
-            chosen,
-            blocks,
-            positions=spec,
-            interventions=names,
-            sequences=sequences,
-            seed=seed,
-            progress=progress,
-        )
+        with remote.open(server, loaded) as where:
+            if not chosen:
+                accumulated = accumulate_cached(loaded, blocks, wanted, batch_size=batch_size, server=where, progress=progress)
+                chosen = [result.operator for result in fit(accumulated, wanted, progress=progress)]
+            results = ablate(
+                loaded,
+                chosen,
+                blocks,
+                positions=spec,
+                interventions=names,
+                sequences=sequences,
+                seed=seed,
+                server=where,
+                per_job=per_job,
+                progress=progress,
+            )
     record = [result.to_json() for result in results]
     if out is not None:
         from nnato.plots import ablation_bars

@@ -22,6 +22,9 @@ from nnato.cli import common
 @common.batch_option
 @click.option("--checkpoint-every", type=int, default=20, show_default=True, help="Forward passes between checkpoints.")
 @common.model_options
+@common.remote_options
+@click.option("--per-job", type=click.IntRange(min=1), default=64, show_default=True, help="Forward passes in one job on a server.")
+@click.option("--ordinary-only", is_flag=True, help="Fetch no sums of special, first and sink tokens from a server: half the bytes.")
 @click.option("--sums-on", help="Where to keep the float64 sums, for example cpu.  [default: where the model is]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("moments"), show_default=True, help="Folder for the result.")
 @common.json_option
@@ -36,6 +39,8 @@ def command(
     device: str | None,
     dtype: str,
     sums_on: str | None,
+    per_job: int,
+    ordinary_only: bool,
     out: Path,
     as_json: bool,
     **text: Any,
@@ -48,16 +53,21 @@ def command(
     Examples:
       nnato accumulate
       nnato accumulate google/gemma-2-2b --source 10 --leap 1-10 --text monology/pile-uncopyrighted --tokens 250000
+      nnato accumulate google/gemma-2-2b --pairs 10:12 --remote
     """
     from nnato.accumulation import FILE, accumulate, default_corpus, default_pairs_of
-    from nnato.errors import SiteError
+    from nnato.errors import RemoteError, SiteError
     from nnato.models import describe
     from nnato.sites import grid, parse_sites
     from nnato.storage import prepare_folder
 
     prepare_folder(out.expanduser())
+    remote = common.take_remote_options(text, dtype)
+    if ordinary_only and not remote.on:
+        raise RemoteError("--ordinary-only belongs to --remote")
+    server = remote.check()
     with common.progress_bar() as progress:
-        loaded = common.load(model, device, dtype, progress)
+        loaded = common.load(model, device, dtype, progress, remote.on)
         info = describe(loaded)
         chosen = common.parse_pair_options(pairs, source, leap, info.blocks)
         if sites is not None and chosen is not None:
@@ -66,16 +76,20 @@ def command(
             chosen = grid(parse_sites(sites, info.blocks))
             if not chosen:
                 raise SiteError(f"--sites {sites}: a pair needs two sites")
-        result = accumulate(
-            loaded,
-            common.make_corpus(default_corpus(info), **text),
-            chosen or default_pairs_of(info),
-            out=out,
-            device=sums_on,
-            batch_size=batch_size,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
-        )
+        with remote.open(server, loaded) as where:
+            result = accumulate(
+                loaded,
+                common.make_corpus(default_corpus(info), **text),
+                chosen or default_pairs_of(info),
+                out=out,
+                device=sums_on,
+                batch_size=batch_size,
+                checkpoint_every=checkpoint_every,
+                server=where,
+                per_job=per_job,
+                keep_excluded=not ordinary_only,
+                progress=progress,
+            )
     file = out.expanduser() / FILE
     size = sum(path.stat().st_size for path in (file, *result.moments.files))
     if as_json:

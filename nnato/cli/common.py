@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nnato.intervals import Interval
     from nnato.nnsight_setup import TransformersModel
     from nnato.perplexity import AblationResult
+    from nnato.remote import NdifServer, Server
     from nnato.scaling import Scaling
     from nnato.sites import Pair
     from nnato.statistics import Progress
@@ -65,6 +66,13 @@ text_options = options(
     click.option("--context", type=int, help="Tokens of a sequence, special tokens included.  [default: 256]"),
     click.option("--per-document", type=int, help="At most so many sequences of one document; 0: all.  [default: 2]"),
     click.option("--column", help="Text field of .jsonl files and data sets.  [default: text]"),
+)
+remote_options = options(
+    click.option("--remote", is_flag=True, help="Run the model on an NDIF server; only sums and losses come back."),
+    click.option("--host", help="Its URL.  [default: NDIF_HOST, or nnsight's configuration, or the public one]"),
+    click.option("--timeout", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds a job may take."),
+    click.option("--resume-job", help="Attach to the job with this id, sent earlier by the same command, instead of sending it again."),
+    click.option("--dry-run-remote", is_flag=True, help="Run what --remote would send in a fresh process here, without nnato."),
 )
 batch_option = click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
@@ -137,16 +145,78 @@ def progress_bar() -> Iterator[Progress]:
         yield update
 
 
-def load(name: str | None, device: str | None, dtype: str, progress: Progress) -> TransformersModel:
+def load(name: str | None, device: str | None, dtype: str, progress: Progress, remote: bool = False) -> TransformersModel:
     """Load a model with the options of the command line."""
     import torch
 
     from nnato.models import load_model
 
     progress("loading the model", 0, 1)
-    model = load_model(name, device=device, dtype=getattr(torch, dtype))
+    model = load_model(name, device=device, dtype=getattr(torch, dtype), remote=remote)
     progress("loading the model", 1, 1)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteOptions:
+    """What --remote and its companions say."""
+
+    remote: bool
+    dry_run_remote: bool
+    host: str | None
+    timeout: float
+    resume_job: str | None
+    dtype: str
+
+    @property
+    def on(self) -> bool:
+        """Whether the model runs elsewhere."""
+        return self.remote or self.dry_run_remote
+
+    def check(self) -> NdifServer | None:
+        """Refuse what does not go together; with --remote, the server, which has said that it is there.
+
+        Raises:
+            RemoteError: Options that do not go together, no key, or no server.
+        """
+        from nnato.errors import RemoteError
+
+        if self.remote and self.dry_run_remote:
+            raise RemoteError("give --remote or --dry-run-remote, not both")
+        if not self.remote and (self.host is not None or self.resume_job is not None):
+            raise RemoteError("--host and --resume-job belong to --remote")
+        if not self.remote:
+            return None
+        from nnato.remote import NdifServer
+
+        server = NdifServer(self.host, timeout=self.timeout, resume=self.resume_job, say=note)
+        server.check()
+        return server
+
+    @contextlib.contextmanager
+    def open(self, server: NdifServer | None, model: TransformersModel) -> Iterator[Server | None]:
+        """Where jobs of a model go: the server, a dry run that ends with the block, or None for this process."""
+        if not self.dry_run_remote:
+            yield server
+            return
+        import torch
+
+        from nnato.dry_run import DryRunServer
+
+        note("dry run: a fresh process without nnato loads the weights and executes what a server would be sent")
+        with DryRunServer(model.repo_id, getattr(torch, self.dtype), say=note) as dry:
+            yield dry
+
+
+def take_remote_options(values: dict[str, Any], dtype: str) -> RemoteOptions:
+    """Take the values of `remote_options` out of a command's keyword arguments."""
+    names = ("remote", "dry_run_remote", "host", "timeout", "resume_job")
+    return RemoteOptions(**{name: values.pop(name) for name in names}, dtype=dtype)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
 
 
 def make_corpus(base: Corpus, text: str | None, **settings: Any) -> Corpus:
@@ -275,7 +345,7 @@ def show_fits(fits: list[Fit], metric: str) -> None:
             f"[bold]{_with_error(fit.r2_intervals[metric])}[/]",
             *(f"{value:.2f}" for value in base),
             f"{fit.skill_over_identity[metric]:.2f}",
-            f"{fit.r2_all_tokens[metric]:.2f}",
+            f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
             f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}{'' if fit.converged else '!'}",
         )
     console().print(table)

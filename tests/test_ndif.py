@@ -1,0 +1,173 @@
+"""ATOTrace on a real NDIF server (see `make ndif`), trusted and sandboxed, against plain forward hooks here."""
+
+from __future__ import annotations
+
+import nnsight
+import pytest
+import torch
+from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, make_tokenizer, put
+from nnsight.intervention.backends.remote import RemoteError
+
+from nnato.trace import ATOTrace
+
+IDS = torch.tensor([[1, 8, 9, 30, 5, 7], [1, 40, 41, 6, 90, 11]])
+LENGTH = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+pytestmark = [pytest.mark.ndif, pytest.mark.slow, pytest.mark.usefixtures("either_way")]
+CASES = [("gemma2", "trusted"), ("gemma2", "sandboxed"), ("gpt2", "trusted"), ("gpt2", "sandboxed")]
+everywhere = pytest.mark.parametrize(("on_ndif", "either_way"), CASES, indirect=True)
+mostly = pytest.mark.parametrize(("on_ndif", "either_way"), CASES[:3], indirect=True)  # a sandbox takes seconds to start
+
+
+@everywhere
+def test_reads_are_bit_equal(on_ndif, either_way):
+    model, module, _ = on_ndif
+    seen, want = hook_residuals(module, IDS)
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        late = t.residual(BLOCKS - 1).save()
+        embed = t.residual("embed").save()
+        blocks = nnsight.save([t.residual(0), t.residual(2)])
+        kind = nnsight.save([type(t.envoy.interleaver).__name__])
+        logits = t.logits.save()
+    assert kind == ["IPCInterleaver" if either_way == "sandboxed" else "Interleaver"]
+    for got, reference in ((late, seen[3]), (embed, seen["embed"]), (blocks[0], seen[0]), (blocks[1], seen[2]), (logits, want)):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, reference)
+
+
+@mostly
+def test_reads_and_patches_in_any_order(on_ndif):
+    model, module, _ = on_ndif
+    matrix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1)) / 4
+    seen, want = hook_residuals(module, IDS, {1: put([4], 0.0), 2: put([2], lambda seen: seen[0] @ matrix)}.items())
+    clean, _ = hook_residuals(module, IDS, {1: put([4], 0.0)}.items())
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        late = t.residual(BLOCKS - 1).save()
+        before = t.residual(2).save()
+        t.zero(1, [4])
+        t.patch(2, t.residual(0) @ matrix, positions=[2])
+        after = t.residual(2).save()
+        logits = t.logits.save()
+    for got, reference in ((late, seen[3]), (before, clean[2]), (after, seen[2]), (logits, want)):
+        torch.testing.assert_close(got, reference, **CLOSE)
+
+
+@mostly
+def test_operators_and_named_interventions(on_ndif):
+    model, module, _ = on_ndif
+    operator = make_operator(0, 2)
+    edits = {1: put([4], operator.source_mean), 2: put([2, 3], lambda seen: operator(seen[0])), 3: put([5], lambda seen: seen["embed"])}
+    _, want = hook_residuals(module, IDS, {**edits, 0: put([1], 0.0)}.items())
+    asked = ATOTrace(model, input_ids=IDS, use_cache=False, remote=True)
+    asked.zero(0, [1])
+    with asked as t:
+        t.identity("embed", 3, [-1])
+        t.mean(1, operator.source_mean, [4])
+        t.transport(operator, positions=[2, 3])
+        logits = t.logits.save()
+    torch.testing.assert_close(logits, want, **CLOSE)
+    _, want = hook_residuals(module, IDS, {2: put([4], operator.target_mean)}.items())
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        t.mean(2, operator, [4])
+        logits = t.logits.save()
+    torch.testing.assert_close(logits, want, **CLOSE)
+
+
+@mostly
+def test_values_may_be_used_between_calls(on_ndif):
+    model, module, _ = on_ndif
+    seen, _ = hook_residuals(module, IDS)
+    clean, want = hook_residuals(module, IDS, {1: put([3], 0.5), 2: put([0], 2.0)}.items())
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        norm = nnsight.save(t.residual(0).norm())
+        t.patch(1, 0.5, [3])
+        x = (t.residual(1) + 0).save()
+        t.patch(2, t.residual(2) * 0 + 2, [0])
+        logits = t.logits.save()
+    torch.testing.assert_close(norm, seen[0].norm(), **CLOSE)
+    torch.testing.assert_close(x, clean[1], **CLOSE)
+    torch.testing.assert_close(logits, want, **CLOSE)
+
+
+@mostly
+def test_runs_invokes_and_resumption(on_ndif):
+    model, module, _ = on_ndif
+    seen, logits = hook_residuals(module, IDS)
+    with ATOTrace(model, remote=True) as t:
+        t.identity(1, 1)
+        results = nnsight.save([t.run(input_ids=IDS[:1], read=[1]), t.run(input_ids=IDS[1:], read=[1])])
+    for row, result in enumerate(results):
+        torch.testing.assert_close(result["logits"][0], logits[row], **CLOSE)
+        torch.testing.assert_close(result["residuals"][1][0], seen[1][row], **CLOSE)
+    with ATOTrace(model, remote=True) as t:
+        with t.invoke(input_ids=IDS[:1]):
+            t.zero(1, [2])
+            edited = t.logits.save()
+        with t.invoke(input_ids=IDS[1:]):
+            x = t.residual(3).save()
+    torch.testing.assert_close(edited, hook_residuals(module, IDS[:1], {1: put([2], 0.0)}.items())[1], **CLOSE)
+    torch.testing.assert_close(x, seen[3][1:], **CLOSE)
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        t.resume(1, seen[1])
+        resumed = t.logits.save()
+    torch.testing.assert_close(resumed, logits, **CLOSE)
+
+
+@everywhere
+def test_generation_is_edited_at_every_step(on_ndif):
+    model, module, _ = on_ndif
+    operator = make_operator(0, 2)
+    edits = {1: put([7], 0.0), 2: put(slice(5, None), lambda seen: operator(seen[0]))}
+    want = hook_generate(module, IDS, edits.items(), 4)
+    with ATOTrace(model, input_ids=IDS, remote=True, **LENGTH) as t:
+        t.zero(1, [7])
+        t.transport(operator, positions=slice(-1, None))
+        first = t.residual(3).save()
+        ids = t.result.save()
+    assert torch.equal(ids, want)
+    torch.testing.assert_close(first, hook_residuals(module, want[:, :6], edits.items())[0][3], **CLOSE)
+    with ATOTrace(model, input_ids=IDS, remote=True, **LENGTH) as t:
+        steps = nnsight.save([])
+        for step in t.iter[:3]:
+            if step == 2:
+                t.zero(1, [0])
+            steps.append(t.residual(2))
+    seen, _ = hook_residuals(module, hook_generate(module, IDS, (), 2), {1: put([7], 0.0)}.items())
+    torch.testing.assert_close(torch.cat(list(steps), dim=1), seen[2], **CLOSE)
+
+
+@mostly
+def test_persistent_edits_travel_with_the_model(on_ndif):
+    model, module, _ = on_ndif
+    asked = ATOTrace(model)
+    asked.transport(make_operator(0, 2), positions=[2, 3])
+    with asked.persist(), ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        logits = t.logits.save()
+    _, want = hook_residuals(module, IDS, {2: put([2, 3], lambda seen: make_operator(0, 2)(seen[0]))}.items())
+    torch.testing.assert_close(logits, want, **CLOSE)
+    with ATOTrace(model, input_ids=IDS, use_cache=False, remote=True) as t:
+        logits = t.logits.save()
+    assert torch.equal(logits, hook_residuals(module, IDS)[1])
+
+
+@mostly
+def test_ragged_prompts(on_ndif):
+    model, module, _ = on_ndif
+    prompts = ["w1 w2 w3 w4 w5 w6", "w9 w8"]
+    with ATOTrace(model, prompts, remote=True) as t:
+        t.zero(1, [-1])
+        logits = t.logits.save()
+    for row, prompt in enumerate(prompts):
+        ids = make_tokenizer()(prompt, return_tensors="pt").input_ids
+        _, want = hook_residuals(module, ids, {1: put([ids.shape[1] - 1], 0.0)}.items())
+        torch.testing.assert_close(logits[row, -ids.shape[1] :], want[0], atol=1e-4, rtol=0)
+
+
+@mostly
+def test_errors_in_the_block_say_what_they_are(on_ndif):
+    model, _, _ = on_ndif
+    with pytest.raises(RemoteError, match="PositionError: position 99 lies outside the sequence of 6 tokens"):  # noqa: SIM117
+        with ATOTrace(model, input_ids=IDS, remote=True) as t:
+            t.zero(1, positions=[99])
+            t.logits.save()
