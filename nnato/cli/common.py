@@ -335,7 +335,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def show_fits(fits: list[Fit], metric: str) -> None:
     """Table of held-out R²."""
     title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
-    columns = ("pair", "operator", "ident.", "+shift", "scaled", "rand.", "shuf.", "skill", "all tok.", "penalty")
+    columns = ("pair", "operator", "ident.", "+shift", "×s", "rand.", "shuf.", "skill", "all", "penal.")
     table = _table(title, columns)
     for fit in fits:
         names = ("identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled")
@@ -346,13 +346,13 @@ def show_fits(fits: list[Fit], metric: str) -> None:
             *(f"{value:.2f}" for value in base),
             f"{fit.skill_over_identity[metric]:.2f}",
             f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
-            f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}{'' if fit.converged else '!'}",
+            f"{fit.kappa:.0e}".replace("e-0", "e-").replace("e+0", "e") + "*" * fit.at_edge + "!" * (not fit.converged),
         )
     console().print(table)
     notes = (
-        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; scaled: the "
-        "best multiple of it; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all "
-        "tok.: fitted and scored with special, first and sink tokens too."
+        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; ×s: the best "
+        "multiple of x; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all: fitted "
+        "and scored with special, first and sink tokens too; penal.: κ."
     )
     if any(fit.at_edge for fit in fits):
         notes += " *: an end of the grid."
