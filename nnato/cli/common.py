@@ -429,18 +429,15 @@ def _half(interval: Interval) -> str:
 
 def show_paper_efficiencies(results: list[PaperEfficiency]) -> None:
     """Table of efficiencies by the paper's protocol."""
-    table = _table("Efficiency as in the paper", ("pair", "α", "dim_lin", "mean η", "η at ranks"))
-    for result in results:
-        shown = [(rank, value) for rank, value in zip(result.ranks, result.efficiency, strict=True)]
-        few = [*shown[: -1 : max(1, len(shown) // 3)], shown[-1]]
-        table.add_row(
-            f"{result.pair[0]} → {result.pair[1]}",
-            f"{result.alpha:g}",
-            f"{result.dim_lin:.0f}",
-            f"{result.mean_efficiency:.2f}",
-            "  ".join(f"{rank}: {value:.2f}" for rank, value in few),
-        )
-    console().print(table)
+    for first in range(0, len(results), 5):
+        some = results[first : first + 5]
+        table = _table("η(r) as in the paper", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        for number, rank in enumerate(some[0].ranks):
+            table.add_row(str(rank), *(f"{one.efficiency[number]:.2f}" for one in some))
+        table.add_row("mean", *(f"{one.mean_efficiency:.2f}" for one in some), style="bold")
+        table.add_row("dim_lin", *(f"{one.dim_lin:.0f}" for one in some))
+        table.add_row("α", *(f"{one.alpha:g}" for one in some))
+        console().print(table)
 
 
 def show_scalings(results: list[Scaling], metric: str) -> None:
