@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nnato.moments import Moments
     from nnato.operators import TransportOperator
     from nnato.perplexity import AblationResult, ablate
+    from nnato.scaling import Scaling, scaling_study
     from nnato.selection import Method
     from nnato.sites import ResidualSite
     from nnato.trace import ATOTrace
@@ -39,6 +40,7 @@ _HOMES = {
     "Moments": "moments",
     "NnatoError": "errors",
     "ResidualSite": "sites",
+    "Scaling": "scaling",
     "TransportMoments": "transport_moments",
     "TransportOperator": "operators",
     "ablate": "perplexity",
@@ -47,6 +49,7 @@ _HOMES = {
     "fit": "fitting",
     "load_model": "models",
     "load_moments": "accumulation",
+    "scaling_study": "scaling",
     "transport_efficiency": "efficiency",
 }
 
@@ -62,6 +65,7 @@ __all__ = [
     "Moments",
     "NnatoError",
     "ResidualSite",
+    "Scaling",
     "TransportMoments",
     "TransportOperator",
     "__version__",
@@ -71,6 +75,7 @@ __all__ = [
     "fit",
     "load_model",
     "load_moments",
+    "scaling_study",
     "transport_efficiency",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -70,14 +71,126 @@ def test_fit(moments, tmp_path):
     for fit in results:
         assert set(fit["r2"]) == {"variance_weighted", "uniform", "whitened"}
         assert set(fit["r2"]["uniform"]) == {"value", "low", "high"}
-        assert set(fit["baselines"]) == {"mean", "identity", "identity_shift", "shuffled"}
+        assert fit["r2"]["uniform"]["low"] < fit["r2"]["uniform"]["value"] < fit["r2"]["uniform"]["high"]
+        assert {"mean", "identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled"} <= set(fit["baselines"])
         assert fit["alpha"] > 0
         assert fit["rank"] == 16
-    assert sorted(os.listdir(tmp_path / "operators")) == ["0-2.safetensors", "1-3.safetensors", "embed-2.safetensors", "r2.png"]
+    assert sorted(os.listdir(tmp_path / "operators")) == [
+        "0-2.safetensors",
+        "1-3.safetensors",
+        "embed-2.safetensors",
+        "fit.csv",
+        "fit.json",
+        "r2.png",
+    ]
     table = run("fit", moments, "--pairs", "0:2", "--metric", "uniform", "--use-tokens", "all").stdout
     assert "0 → 2" in table
     assert "1 → 3" not in table
     assert max(len(line) for line in table.splitlines() if not line.startswith("text:")) <= 80
+
+
+def widest(output):
+    return max(len(line) for line in output.splitlines() if not line.startswith(("text:", "left out:")))
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_with_every_method(moments, tmp_path):
+    for options in (
+        ("--select", "kfold", "--standardize"),
+        ("--select", "gcv", "--metric", "whitened", "--rank", "3"),
+        ("--penalty", "lasso"),
+        ("--penalty", "elastic-net", "--select", "kfold"),
+        ("--shrink-to", "identity"),
+    ):
+        (result,) = check_envelope(run("fit", moments, "--pairs", "0:2", *options, "--json"))
+        assert result["r2"]["variance_weighted"]["value"] > 0.1, options
+        for name, value in zip(options[::2], options[1::2], strict=False):
+            if name.startswith("--") and name not in ("--metric", "--standardize"):
+                assert str(result[name[2:].replace("-", "_")]) == value
+    run("fit", moments, "--pairs", "0:2", "--out", tmp_path / "o")
+    assert {row["map"] for row in rows_of(tmp_path / "o" / "fit.csv")} >= {"transport", "identity", "random_orthogonal"}
+    (saved,) = json.loads((tmp_path / "o" / "fit.json").read_text())
+    assert (saved["source"], saved["target"]) == (0, 2)
+
+
+def test_fit_as_in_the_paper(moments):
+    result = run("fit", moments, "--pairs", "0:2", "--preset", "paper", "--json")
+    (fit,) = check_envelope(result)
+    assert fit["alpha"] in (0.1, 1, 10, 100, 1000, 2000, 5000, 10000)
+    assert fit["select"] == "kfold"
+    assert result.stderr.count("preset paper: ") == 1
+    refused = run("fit", moments, "--preset", "paper", "--shrink-to", "identity", code=2)
+    assert "--preset paper fixes --shrink-to: give one of them" in refused.stderr
+    assert "unknown penalty" not in run("fit", moments, "--penalty", "lasso", "--rank", "3", code=2).stderr
+
+
+def test_fit_shows_compositions(saved_model, text, tmp_path):
+    run("accumulate", saved_model, "--sites", "0,1,3", "--text", text, *TEXT, "--out", tmp_path / "m")
+    output = run("fit", tmp_path / "m", "--compose").stdout
+    assert re.search(r"pair\s+through\s+direct\s+composed", output)
+    assert widest(output) <= 80
+    fits = check_envelope(run("fit", tmp_path / "m", "--compose", "--json"))
+    assert [[entry["through"] for entry in fit["composed"]] for fit in fits] == [[], [1], []]
+
+
+def test_efficiency(saved_model, text, tmp_path):
+    run("accumulate", saved_model, "--sites", "all", "--text", text, *TEXT, "--out", tmp_path / "m")
+    options = ["efficiency", tmp_path / "m", "--target", "3", "--force"]
+    results = check_envelope(run(*options, "--leap", "1,3", "--ranks", "1,4,16", "--out", tmp_path / "o", "--json"))
+    assert [(entry["source"], entry["target"]) for entry in results] == [(0, 3), (2, 3)]
+    for entry in results:
+        assert set(entry["sum_rho2"]) == {"in_sample", "cross_fitted", "debiased"}
+        assert {"n_eff", "lts_dimensions", "participation_ratio", "participation_ratio_shuffled"} <= set(entry)
+        assert {point["rank"] for point in entry["efficiency"]} <= {1, 4, 16}
+        assert set(entry["efficiency"][0]) >= {"rank", "value", "low", "high"}
+    assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png", "spectra.png", "subspace.png"]
+    assert json.loads((tmp_path / "o" / "efficiency.json").read_text()) == results
+    table = rows_of(tmp_path / "o" / "efficiency.csv")
+    assert len(table) == sum(len(entry["efficiency"]) for entry in results)
+    assert float(table[0]["r2"]) == results[0]["efficiency"][0]["r2"]["value"]
+    output = run(*options).stdout
+    assert re.search(r"LTS\s+90 %\s+PR\s+PR shuf.", output)
+    assert re.search(r"rank\s+0 → 3\s+1 → 3\s+2 → 3", output)
+    assert widest(output) <= 80
+
+
+def test_efficiency_as_in_the_paper(saved_model, text, tmp_path):
+    run("accumulate", saved_model, "--pairs", "0:3,1:3", "--text", text, *TEXT, "--out", tmp_path / "m")
+    options = ["efficiency", tmp_path / "m", "--pairs", "0:3", "--preset", "paper"]
+    result = run(*options, "--out", tmp_path / "o", "--json")
+    (entry,) = check_envelope(result)
+    assert (entry["preset"], [point["rank"] for point in entry["efficiency"]]) == ("paper", [1, 16])
+    assert result.stderr.count("preset paper: ") == 1
+    assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png"]
+    output = run(*options).stdout
+    assert re.search(r"dim_lin\s+mean η\s+η at ranks", output)
+    assert widest(output) <= 80
+
+
+def test_bad_requests_of_efficiency_are_refused(moments):
+    for options, message in (
+        (("--pairs", "0:2", "--target", "2"), "give --pairs, or --target with --leap, not both"),
+        (("--leap", "1"), "--leap belongs to --target here"),
+        (("--target", "2", "--leap", "9", "--force"), "the moments hold no pair with target 2 at these leaps"),
+        (("--ranks", "1,x"), "ranks '1,x': write for example 1,10,100"),
+        (("--ranks", "17"), "give numbers from 1 to 16"),
+    ):
+        assert message in run("efficiency", moments, *options, code=2).stderr
+
+
+def test_scaling(moments, tmp_path):
+    results = check_envelope(run("scaling", moments, "--pairs", "0:2,1:3", "--out", tmp_path / "o", "--json"))
+    assert [(entry["source"], entry["target"]) for entry in results] == [(0, 2), (1, 3)]
+    assert [point["folds"] for point in results[0]["points"]] == [1, 2, 3, 4, 5]
+    assert sorted(os.listdir(tmp_path / "o")) == ["scaling.csv", "scaling.json", "scaling.png"]
+    assert len(rows_of(tmp_path / "o" / "scaling.csv")) == 2 * 5 * 3
+    output = run("scaling", moments, "--metric", "whitened").stdout
+    assert "per doubling" in output
+    assert widest(output) <= 80
 
 
 def test_ablate_with_an_operator(moments, saved_model, text, tmp_path):

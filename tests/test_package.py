@@ -28,7 +28,7 @@ ROWS = [
     {"lowrank", "edits", "cca"},
     {"selection", "losses"},
     {"fitting", "efficiency"},
-    {"perplexity"},
+    {"perplexity", "scaling"},
     {"plots"},
     {"cli"},
 ]

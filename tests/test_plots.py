@@ -7,9 +7,19 @@ from matplotlib.figure import Figure
 
 from nnato import plots
 from nnato.accumulation import accumulate
+from nnato.efficiency import paper_efficiencies, transport_efficiency
 from nnato.fitting import fit
 from nnato.perplexity import ablate
-from nnato.plots import ablation_bars, r2_heat_maps
+from nnato.plots import (
+    ablation_bars,
+    correlation_spectra,
+    efficiency_curves,
+    paper_efficiency_curves,
+    r2_heat_maps,
+    scaling_curves,
+    subspace_bars,
+)
+from nnato.scaling import scaling_study
 
 
 @pytest.fixture
@@ -45,3 +55,35 @@ def test_bars_show_every_intervention(model, corpus, tmp_path, figures):
     for axis, result in zip(axes[::2], results, strict=True):
         ends = [bar.get_x() + bar.get_width() for bar in axis.patches]
         assert ends == pytest.approx([effect.log_perplexity for effect in result.effects.values()])
+
+
+def test_efficiency_figures_show_the_results(model, corpus, tmp_path, figures):
+    results = transport_efficiency(accumulate(model, corpus, [(0, 3), (1, 3), (2, 3)]), force=True)
+    efficiency_curves(results, tmp_path / "efficiency.png", "a model")
+    left, right = figures[0].axes
+    for line, result in zip(left.lines, results, strict=False):
+        assert list(line.get_xdata()) == [point.rank for point in result.points]
+        assert list(line.get_ydata()) == pytest.approx([point.efficiency.value for point in result.points], nan_ok=True)
+        assert line.get_label() == f"{result.pair[0]} → {result.pair[1]}"
+    assert list(right.lines[1].get_ydata()) == [point.ceilings["debiased"] for point in results[0].points]
+    correlation_spectra(results, tmp_path / "spectra.png", "a model")
+    panels = [axes for axes in figures[1].axes if axes.lines]
+    assert len(panels) == 3
+    assert list(panels[2].lines[0].get_ydata()) == pytest.approx(results[2].correlations.rho.square().tolist())
+    assert f"{results[2].correlations.dimensions} dimensions" in panels[2].get_title()
+    subspace_bars(results, tmp_path / "subspace.png", "a model")
+    heights = [bar.get_height() for bar in figures[2].axes[0].patches]
+    assert heights[:3] == pytest.approx([float(result.correlations.debiased.sum()) for result in results])
+    assert heights[3:6] == [result.correlations.dimensions for result in results]
+
+
+def test_the_papers_curve_and_scaling_show_the_results(model, corpus, tmp_path, figures):
+    moments = accumulate(model, corpus, [(0, 3), (1, 3)])
+    papers = paper_efficiencies(moments)
+    paper_efficiency_curves(papers, tmp_path / "paper.png", "a model")
+    assert list(figures[0].axes[0].lines[1].get_ydata()) == list(papers[1].efficiency)
+    scalings = scaling_study(moments)
+    scaling_curves(scalings, tmp_path / "scaling.png", "whitened", "a model")
+    line = figures[1].axes[0].lines[0]
+    assert list(line.get_xdata()) == [point.tokens for point in scalings[0].points]
+    assert list(line.get_ydata()) == [point.r2["whitened"].value for point in scalings[0].points]

@@ -12,6 +12,8 @@ COMMANDS = {
     "demo": "The whole method on the embedded model: moments, operators, ablation, figures.",
     "accumulate": "Stream text through a model once and keep moments of its residuals.",
     "fit": "Fit transport operators from moments and judge them on test documents.",
+    "efficiency": "Compare operators of each rank with what any linear map could carry.",
+    "scaling": "R² against training tokens, without reading text again.",
     "ablate": "Replace residuals by predictions and measure the loss.",
     "info": "Say what a file, a folder or a model is.",
 }

@@ -18,14 +18,10 @@ from nnato.errors import NnatoError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from nnato.accumulation import Accumulated
     from nnato.corpus import Corpus
-    from nnato.fitting import Fit
     from nnato.nnsight_setup import TransformersModel
-    from nnato.perplexity import AblationResult
-    from nnato.remote import NdifServer, Server
     from nnato.sites import Pair
     from nnato.statistics import Progress
 
@@ -64,15 +60,13 @@ text_options = options(
     click.option("--per-document", type=int, help="At most so many sequences of one document; 0: all.  [default: 2]"),
     click.option("--column", help="Text field of .jsonl files and data sets.  [default: text]"),
 )
-remote_options = options(
-    click.option("--remote", is_flag=True, help="Run the model on an NDIF server; only sums and losses come back."),
-    click.option("--host", help="Its URL.  [default: NDIF_HOST, or nnsight's configuration, or the public one]"),
-    click.option("--timeout", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds a job may take."),
-    click.option("--resume-job", help="Attach to the job with this id, sent earlier by the same command, instead of sending it again."),
-    click.option("--dry-run-remote", is_flag=True, help="Run what --remote would send in a fresh process here, without nnato."),
-)
 batch_option = click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+metric_option = click.option(
+    "--metric",
+    type=click.Choice(["variance_weighted", "uniform", "whitened"]),
+    help="The R² that chooses the penalty, and is shown.  [default: variance_weighted]",
+)
 pair_options = options(
     click.option("--pairs", help="source:target[,…], for example 9:12,12:17."),
     click.option("--source", help="A source site; with --leap."),
@@ -149,63 +143,6 @@ def load(name: str | None, device: str | None, dtype: str, progress: Progress, r
     return model
 
 
-@dataclasses.dataclass(frozen=True)
-class RemoteOptions:
-    """What --remote and its companions say."""
-
-    remote: bool
-    dry_run_remote: bool
-    host: str | None
-    timeout: float
-    resume_job: str | None
-    dtype: str
-
-    @property
-    def on(self) -> bool:
-        """Whether the model runs elsewhere."""
-        return self.remote or self.dry_run_remote
-
-    def check(self) -> NdifServer | None:
-        """Refuse what does not go together; with --remote, the server, which has said that it is there.
-
-        Raises:
-            RemoteError: Options that do not go together, no key, or no server.
-        """
-        from nnato.errors import RemoteError
-
-        if self.remote and self.dry_run_remote:
-            raise RemoteError("give --remote or --dry-run-remote, not both")
-        if not self.remote and (self.host is not None or self.resume_job is not None):
-            raise RemoteError("--host and --resume-job belong to --remote")
-        if not self.remote:
-            return None
-        from nnato.remote import NdifServer
-
-        server = NdifServer(self.host, timeout=self.timeout, resume=self.resume_job, say=note)
-        server.check()
-        return server
-
-    @contextlib.contextmanager
-    def open(self, server: NdifServer | None, model: TransformersModel) -> Iterator[Server | None]:
-        """Where jobs of a model go: the server, a dry run that ends with the block, or None for this process."""
-        if not self.dry_run_remote:
-            yield server
-            return
-        import torch
-
-        from nnato.dry_run import DryRunServer
-
-        note("dry run: a fresh process without nnato loads the weights and executes what a server would be sent")
-        with DryRunServer(model.repo_id, getattr(torch, self.dtype), say=note) as dry:
-            yield dry
-
-
-def take_remote_options(values: dict[str, Any], dtype: str) -> RemoteOptions:
-    """Take the values of `remote_options` out of a command's keyword arguments."""
-    names = ("remote", "dry_run_remote", "host", "timeout", "resume_job")
-    return RemoteOptions(**{name: values.pop(name) for name in names}, dtype=dtype)
-
-
 def note(text: str) -> None:
     """A line on stderr."""
     click.echo(text, err=True)
@@ -237,6 +174,52 @@ def parse_pair_options(pairs: str | None, source: str | None, leap: str | None, 
     return None
 
 
+def open_moments(path: Path | None, progress: Progress) -> Accumulated:
+    """The moments in a folder; without one those of the embedded model and text, cached."""
+    from nnato.accumulation import accumulate_cached, load_moments
+
+    if path is not None:
+        return load_moments(path)
+    return accumulate_cached(load(None, None, "float32", progress), progress=progress)
+
+
+def accumulated_pairs(accumulated: Accumulated, pairs: str | None, source: str | None, leap: str | None) -> tuple[Pair, ...] | None:
+    """The pairs that the options name; of all leaps asked for, those that were accumulated. None without these options."""
+    chosen = parse_pair_options(pairs, source, leap, accumulated.model["blocks"])
+    if source is not None and chosen is not None:
+        return tuple(pair for pair in chosen if pair in accumulated.moments.pairs) or chosen
+    return chosen
+
+
+def pairs_to_target(accumulated: Accumulated, target: str | None, leap: str | None) -> tuple[Pair, ...] | None:
+    """The accumulated pairs that --target names, with --leap those at these leaps; None without these options."""
+    from nnato.errors import SiteError
+    from nnato.sites import ResidualSite, parse_leaps
+
+    if target is None:
+        if leap is not None:
+            raise SiteError("--leap belongs to --target here, for example --target 10 --leap 1,3,7,10")
+        return None
+    end = ResidualSite.parse(target, accumulated.model["blocks"])
+    leaps = None if leap is None else parse_leaps(leap)
+    found = tuple(pair for pair in accumulated.moments.pairs if pair[1] == end and (leaps is None or pair[1] - pair[0] in leaps))
+    if not found:
+        raise SiteError(f"the moments hold no pair with target {end}" + ("" if leap is None else " at these leaps"))
+    return found
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """Read a comma-separated list of ranks."""
+    from nnato.errors import MomentsError
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise MomentsError(f"ranks {text!r}: write for example 1,10,100")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def console() -> Console:
     """Where tables go."""
     from rich.console import Console
@@ -251,16 +234,7 @@ def say(text: str) -> None:
 
 def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any, seed: int = 0) -> None:
     """The one JSON object of a command; what is not a number becomes null."""
-    import math
-
     from nnato.storage import SCHEMA, provenance
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     record = {
         "schema": SCHEMA,
@@ -269,80 +243,9 @@ def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any,
         "text": text,
         "seed": seed,
         "command": provenance()["command"],
-        "results": clean(results),
+        "results": finite(results),
     }
     click.echo(json.dumps(record, allow_nan=False))
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    """A table narrow enough for 80 columns, numbers on the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
-def show_fits(fits: list[Fit], metric: str) -> None:
-    """Table of held-out R²."""
-    title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
-    table = _table(title, ("pair", "operator", "ident.", "+shift", "mean", "shuffled", "skill", "all tok.", "κ"))
-    for fit in fits:
-        base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in ("identity", "identity_shift", "mean", "shuffled")]
-        table.add_row(
-            f"{fit.operator.source} → {fit.operator.target}",
-            f"[bold]{fit.r2[metric]:.3f}[/]",
-            *(f"{value:.2f}" for value in base),
-            f"{fit.skill_over_identity[metric]:.2f}",
-            f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
-            f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}",
-        )
-    console().print(table)
-    notes = "ident.: x itself; +shift: x moved by the difference of means; skill: 1 - error / error of +shift; "
-    notes += "all tok.: fitted and scored with special, first and sink tokens too; κ: penalty."
-    if any(fit.at_edge for fit in fits):
-        notes += " *: an end of the grid."
-    console().print(notes, style="dim", highlight=False)
-
-
-def show_accumulated(accumulated: Accumulated) -> None:
-    """Token counts and exclusions, in a few lines."""
-    tokens = ", ".join(f"{count:,} {split}" for split, count in accumulated.tokens.items())
-    excluded = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in accumulated.excluded.items())
-    sinks = ", ".join(f"{text!r} {count}" for text, count in list(accumulated.sink_tokens.items())[:5])
-    text = f"text: {accumulated.text['source']}, {accumulated.text['documents']} documents; tokens: {tokens}"
-    say(text)
-    say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
-
-
-def show_ablations(results: list[AblationResult]) -> None:
-    """Table of losses under interventions, one per pair."""
-    for result in results:
-        title = f"{result.pair[0]} → {result.pair[1]}: {result.positions.describe()}, {result.sequences} sequences"
-        table = _table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
-        table.add_row("(unedited)", f"{result.log_perplexity:.3f}")
-        for name, effect in result.effects.items():
-            at, over, recovered = effect.delta_loss_at_edit, effect.minus_transport, effect.loss_recovered_mean
-            table.add_row(
-                name,
-                f"{effect.log_perplexity:.3f}",
-                f"{at.value:+.2f} [{at.low:.2f}, {at.high:.2f}]",
-                f"{effect.delta_loss.value:+.3f}",
-                f"{over.value:+.3f} [{over.low:.3f}, {over.high:.3f}]" if over else "",
-                f"{recovered:.2f}" if recovered == recovered else "-",
-                style="bold" if name == "transport" else None,
-            )
-        console().print(table)
-    notes = (
-        f"nats; 95 % intervals, paired bootstrap over {results[0].documents} documents. Δloss at the edited positions; Δ after: over all "
-        "positions from the first edit on; over transport: how much more of the latter; recov.: loss recovered, 0 as bad as the mean, "
-        "1 unharmed."
-    )
-    console().print(notes, style="dim", highlight=False)
 
 
 def about(model: dict[str, Any], text: dict[str, Any]) -> str:
@@ -355,5 +258,32 @@ def write_json(path: Path, record: Any) -> Path:
     from nnato.storage import atomic
 
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write a table atomically; the columns are the keys of the first row."""
+    import csv
+    import io
+
+    from nnato.storage import atomic
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(path) as temporary:
+        temporary.write_text(text.getvalue())
+    return path
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for what is not a number."""
+    import math
+
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
