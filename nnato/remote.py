@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 import websocket
+import zstandard
 
 from nnato.errors import ModelError, RemoteError, first_line
 from nnato.nnsight_setup import CONFIG, NnsightRemoteError, RemoteBackend, TransformersModel, get_local_env
@@ -25,7 +26,8 @@ PATIENCE = 60.0
 """Seconds for which a server may be out of reach while a job of ours is there."""
 ERRORS = (NnsightRemoteError, httpx.HTTPError, websocket.WebSocketException, ConnectionError, TimeoutError, OSError)
 """What nnsight and its transports raise when a job cannot be sent, followed or fetched."""
-UNREADABLE = (torch.serialization.pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)  # type: ignore[attr-defined]
+UNPICKLING = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
+UNREADABLE = (UNPICKLING, zstandard.ZstdError, RuntimeError, ValueError, EOFError, KeyError)
 """What reading an answer raises that is none, or holds more than data."""
 
 
@@ -152,8 +154,6 @@ class Job(RemoteBackend):  # type: ignore[misc]
         """Read an answer: tensors, numbers, text, and lists and dicts of them. Runs no code, unlike nnsight's own."""
         self.server.received = len(content)
         if self.compress:
-            import zstandard
-
             content = zstandard.ZstdDecompressor().decompress(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -180,7 +180,8 @@ class Job(RemoteBackend):  # type: ignore[misc]
             except ERRORS as error:
                 raise explain(error, self.host, self.job_id) from None
             except UNREADABLE as error:
-                raise RemoteError(f"the answer of job {self.job_id} cannot be read ({first_line(error)}): send it again") from None
+                why = "it is damaged, or holds more than data" if isinstance(error, UNPICKLING) else first_line(error)
+                raise RemoteError(f"the answer of job {self.job_id} cannot be read ({why}): send it again", job=self.job_id) from None
             if isinstance(result, dict):
                 return result
             status = "" if self.status is None else self.status.value.lower()
@@ -190,7 +191,8 @@ class Job(RemoteBackend):  # type: ignore[misc]
             if time.monotonic() > self.deadline:
                 raise RemoteError(
                     f"job {self.job_id} is not done after {self.server.timeout:.0f} s (last status: {told or 'none'}): "
-                    f"wait for it with --resume-job {self.job_id}, or give more --timeout"
+                    f"wait for it with --resume-job {self.job_id}, or give more --timeout",
+                    job=self.job_id,
                 )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -260,7 +262,7 @@ _CAUSES = (
     (("api key",), "the server refused the key: set NDIF_API_KEY to a valid one, or run `nnsight login`", False),
     (("401 unauthorized", "403 forbidden"), "the server refused the request: set NDIF_API_KEY to a valid key", False),
     (("below the minimum supported", "nnsight version"), "the server wants another client: upgrade nnsight", False),
-    (("deploy",), "the server cannot run this model: nnsight.status() lists those that it runs", False),
+    (("could not deploy", "not deployed"), "the server cannot run this model: nnsight.status() lists those that it runs", False),
     (("execution timeout",), "the job ran into the server's time limit: give a smaller --per-job", False),
     (("unavailable", "reconnecting", "503 service", "502 bad", "504 gateway"), "the server is not ready: try again in a few minutes", True),
     (("evicted", "submitting request to model deployment", "cancelled"), "the server ended the job: try again", True),
