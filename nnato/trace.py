@@ -1,4 +1,4 @@
-"""`ATOTrace`: read, save and patch residuals inside one nnsight trace. The only file that touches nnsight's inner parts.
+"""`ATOTrace`: read, save and patch residuals inside one nnsight trace. With `dry_run`, the only file that touches nnsight's inner parts.
 
 How it works. nnsight runs the block of a trace as a worker (a greenlet) beside the forward pass, and a worker can only wait for places
 the model has not passed. So every read and every edit gets a worker of its own, started from the block and placed before it in the
@@ -355,9 +355,9 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
             try:
                 self._do(call, passes)
             except OutOfOrderError:
-                if passes.number == 0:
+                if passes.number == 0 and passes.expected is not None:
                     raise
-                return  # no pass came any more
+                return  # no pass came any more; or one that stopped early, before a persistent edit
             passes.number += 1
 
     def _do(self, call: tuple[str, tuple[Any, ...]], passes: Passes) -> None:
