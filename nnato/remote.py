@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import ipaddress
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -85,8 +84,11 @@ class NdifServer:
         if parts.scheme == "http" and not _loopback(parts.hostname):
             self.say(f"warning: {self.host} is not encrypted; texts and the key travel in the open")
 
-    def check(self) -> None:
+    def check(self) -> tuple[str, ...]:
         """Ask whether the server is there, and compare versions with it.
+
+        Returns:
+            The packages that differ, with both versions; said as well.
 
         Raises:
             RemoteError: It cannot be reached, or is not ready.
@@ -98,16 +100,17 @@ class NdifServer:
             packages = {name: str(theirs["packages"].get(name)) for name in CRITICAL}
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 404:
-                return  # an older server, which does not tell
+                return ()  # an older server, which does not tell
             raise explain(error, self.host) from None
         except ERRORS as error:
             raise explain(error, self.host) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RemoteError(f"{self.host} does not answer as an NDIF server does: check the host") from None
         mine = get_local_env()["packages"]
-        other = [f"{name} {mine.get(name)} here, {version} there" for name, version in packages.items() if mine.get(name) != version]
+        other = tuple(f"{name} {mine.get(name)} here, {version} there" for name, version in packages.items() if mine.get(name) != version)
         if other:
-            warnings.warn(f"versions differ from {self.host}: {'; '.join(other)}; results may differ in their last digits", stacklevel=2)
+            self.say(f"warning: versions differ from {self.host}: {'; '.join(other)}; results may differ in their last digits")
+        return other
 
     def backend(self, model: TransformersModel) -> Job:
         """What runs one block of a trace or session of `model` as a job: an nnsight backend.

@@ -239,12 +239,13 @@ def test_versions_are_compared(fake):
     mine = get_local_env()["packages"]
     same = {name: mine[name] for name in ("nnsight", "torch", "transformers")}
     fake.tell("/env", (200, {"python_version": "3.12", "packages": same}))
-    NdifServer(fake.url).check()
+    assert NdifServer(fake.url).check() == ()
     fake.tell("/env", (200, {"python_version": "3.12", "packages": same | {"nnsight": "0.8.0"}}))
-    with pytest.warns(UserWarning, match=rf"versions differ from {fake.url}: nnsight {mine['nnsight']} here, 0.8.0 there"):
-        NdifServer(fake.url).check()
+    said = []
+    assert NdifServer(fake.url, say=said.append).check() == (f"nnsight {mine['nnsight']} here, 0.8.0 there",)
+    assert f"versions differ from {fake.url}: nnsight {mine['nnsight']} here, 0.8.0 there" in said[0]
     fake.tell("/env", (404, {}))
-    NdifServer(fake.url).check()
+    assert NdifServer(fake.url).check() == ()
     fake.tell("/env", (503, {"detail": "compute backend is reconnecting"}))
     with pytest.raises(RemoteError, match="the server is not ready"):
         NdifServer(fake.url).check()
