@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from nnato.blocks import find_blocks
 from nnato.models import load_model
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
 from nnato.storage import provenance
-from nnato.trace import ATOTrace, TransformersModel, find_blocks
+from nnato.trace import ATOTrace, TransformersModel
 
 SOURCE, TARGET, READ, POSITIONS = 9, 12, 15, [3, 5]
 SHAPES = ((1, 8), (1, 128))

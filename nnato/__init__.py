@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nnato.moments import Moments
     from nnato.operators import TransportOperator
     from nnato.perplexity import AblationResult, ablate
+    from nnato.remote import NdifServer
     from nnato.scaling import Scaling, scaling_study
     from nnato.selection import Method
     from nnato.sites import ResidualSite
@@ -38,6 +39,7 @@ _HOMES = {
     "Fit": "fitting",
     "Method": "selection",
     "Moments": "moments",
+    "NdifServer": "remote",
     "NnatoError": "errors",
     "ResidualSite": "sites",
     "Scaling": "scaling",
@@ -63,6 +65,7 @@ __all__ = [
     "Fit",
     "Method",
     "Moments",
+    "NdifServer",
     "NnatoError",
     "ResidualSite",
     "Scaling",

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnato.blocks import find_blocks
 from nnato.edits import pick
 from nnato.reduction import classify
 from nnato.sites import ResidualSite
-from nnato.trace import ATOTrace, find_blocks, save
+from nnato.trace import ATOTrace, save
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from nnato.blocks import find_blocks
 from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf
 from nnato.errors import ModelError, PositionError, first_line
 from nnato.nnsight_setup import HUB_IDS, TransformersModel
-from nnato.trace import find_blocks
 
 ON_SERVER = "on a server"
 

@@ -120,14 +120,15 @@ def collect(
         with their counts, the dtype of the residuals; or, of the first value that is not finite, only its place.
     """
     classes = TokenClasses(medians)
-    device = next(model._module.parameters()).device
-    ordinary = Moments.of_pairs(pairs, d_model, device)
-    excluded = Moments.of_pairs(pairs, d_model, device) if keep_excluded else None
-    shuffled = Moments(pairs, d_model, device) if keep_shuffled else None
-    dtype = ""
+    sites, dtype = Moments.of_pairs(pairs, 0).sites, ""
+    ordinary = excluded = shuffled = None
     for number, (ids, mask, special, documents) in enumerate(batches):
-        residuals = capture(model, ids, ordinary.sites)
-        dtype = str(residuals.dtype).removeprefix("torch.")
+        residuals = capture(model, ids, sites)
+        if ordinary is None:  # only residuals say where the model computes: a sandbox's own copy of the model has no weights
+            device, dtype = residuals.device, str(residuals.dtype).removeprefix("torch.")
+            ordinary = Moments.of_pairs(pairs, d_model, device)
+            excluded = Moments.of_pairs(pairs, d_model, device) if keep_excluded else None
+            shuffled = Moments(pairs, d_model, device) if keep_shuffled else None
         if place := non_finite(residuals, mask.to(residuals.device)):
             return {"label": label, "not_finite": [number, *place]}
         chosen = classes.ordinary(ids, mask, special, residuals)

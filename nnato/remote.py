@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import ipaddress
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import torch
 import websocket
+import zstandard
 
 from nnato.errors import ModelError, RemoteError, first_line
 from nnato.nnsight_setup import CONFIG, NnsightRemoteError, RemoteBackend, TransformersModel, get_local_env
@@ -25,7 +25,8 @@ PATIENCE = 60.0
 """Seconds for which a server may be out of reach while a job of ours is there."""
 ERRORS = (NnsightRemoteError, httpx.HTTPError, websocket.WebSocketException, ConnectionError, TimeoutError, OSError)
 """What nnsight and its transports raise when a job cannot be sent, followed or fetched."""
-UNREADABLE = (torch.serialization.pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)  # type: ignore[attr-defined]
+UNPICKLING = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
+UNREADABLE = (UNPICKLING, zstandard.ZstdError, RuntimeError, ValueError, EOFError, KeyError)
 """What reading an answer raises that is none, or holds more than data."""
 
 
@@ -83,8 +84,11 @@ class NdifServer:
         if parts.scheme == "http" and not _loopback(parts.hostname):
             self.say(f"warning: {self.host} is not encrypted; texts and the key travel in the open")
 
-    def check(self) -> None:
+    def check(self) -> tuple[str, ...]:
         """Ask whether the server is there, and compare versions with it.
+
+        Returns:
+            The packages that differ, with both versions; said as well.
 
         Raises:
             RemoteError: It cannot be reached, or is not ready.
@@ -96,16 +100,17 @@ class NdifServer:
             packages = {name: str(theirs["packages"].get(name)) for name in CRITICAL}
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 404:
-                return  # an older server, which does not tell
+                return ()  # an older server, which does not tell
             raise explain(error, self.host) from None
         except ERRORS as error:
             raise explain(error, self.host) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RemoteError(f"{self.host} does not answer as an NDIF server does: check the host") from None
         mine = get_local_env()["packages"]
-        other = [f"{name} {mine.get(name)} here, {version} there" for name, version in packages.items() if mine.get(name) != version]
+        other = tuple(f"{name} {mine.get(name)} here, {version} there" for name, version in packages.items() if mine.get(name) != version)
         if other:
-            warnings.warn(f"versions differ from {self.host}: {'; '.join(other)}; results may differ in their last digits", stacklevel=2)
+            self.say(f"warning: versions differ from {self.host}: {'; '.join(other)}; results may differ in their last digits")
+        return other
 
     def backend(self, model: TransformersModel) -> Job:
         """What runs one block of a trace or session of `model` as a job: an nnsight backend.
@@ -152,8 +157,6 @@ class Job(RemoteBackend):  # type: ignore[misc]
         """Read an answer: tensors, numbers, text, and lists and dicts of them. Runs no code, unlike nnsight's own."""
         self.server.received = len(content)
         if self.compress:
-            import zstandard
-
             content = zstandard.ZstdDecompressor().decompress(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -180,7 +183,8 @@ class Job(RemoteBackend):  # type: ignore[misc]
             except ERRORS as error:
                 raise explain(error, self.host, self.job_id) from None
             except UNREADABLE as error:
-                raise RemoteError(f"the answer of job {self.job_id} cannot be read ({first_line(error)}): send it again") from None
+                why = "it is damaged, or holds more than data" if isinstance(error, UNPICKLING) else first_line(error)
+                raise RemoteError(f"the answer of job {self.job_id} cannot be read ({why}): send it again", job=self.job_id) from None
             if isinstance(result, dict):
                 return result
             status = "" if self.status is None else self.status.value.lower()
@@ -190,7 +194,8 @@ class Job(RemoteBackend):  # type: ignore[misc]
             if time.monotonic() > self.deadline:
                 raise RemoteError(
                     f"job {self.job_id} is not done after {self.server.timeout:.0f} s (last status: {told or 'none'}): "
-                    f"wait for it with --resume-job {self.job_id}, or give more --timeout"
+                    f"wait for it with --resume-job {self.job_id}, or give more --timeout",
+                    job=self.job_id,
                 )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -260,7 +265,7 @@ _CAUSES = (
     (("api key",), "the server refused the key: set NDIF_API_KEY to a valid one, or run `nnsight login`", False),
     (("401 unauthorized", "403 forbidden"), "the server refused the request: set NDIF_API_KEY to a valid key", False),
     (("below the minimum supported", "nnsight version"), "the server wants another client: upgrade nnsight", False),
-    (("deploy",), "the server cannot run this model: nnsight.status() lists those that it runs", False),
+    (("could not deploy", "not deployed"), "the server cannot run this model: nnsight.status() lists those that it runs", False),
     (("execution timeout",), "the job ran into the server's time limit: give a smaller --per-job", False),
     (("unavailable", "reconnecting", "503 service", "502 bad", "504 gateway"), "the server is not ready: try again in a few minutes", True),
     (("evicted", "submitting request to model deployment", "cancelled"), "the server ended the job: try again", True),

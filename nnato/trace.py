@@ -1,4 +1,4 @@
-"""`ATOTrace`: read, save and patch residuals inside one nnsight trace. The only file that touches nnsight's inner parts.
+"""`ATOTrace`: read, save and patch residuals inside one nnsight trace. With `dry_run`, the only file that touches nnsight's inner parts.
 
 How it works. nnsight runs the block of a trace as a worker (a greenlet) beside the forward pass, and a worker can only wait for places
 the model has not passed. So every read and every edit gets a worker of its own, started from the block and placed before it in the
@@ -15,15 +15,14 @@ are those of nnsight 0.8; `tests/test_trace.py` holds them to it.
 from __future__ import annotations
 
 import ast
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
 import torch
-from greenlet import getcurrent
 
-from nnato.errors import ActivationError, ModelError, OperatorError, PositionError, SiteError
+from nnato.blocks import find_blocks
+from nnato.errors import ActivationError, OperatorError, SiteError
 from nnato.nnsight_setup import (
     InterleavingTracer,
     Iterations,
@@ -38,71 +37,13 @@ from nnato.nnsight_setup import (
     push_result,
     save,
 )
+from nnato.passes import Passes, Positions
+from nnato.residuals import Residual, current_worker, has_residual, plain
 from nnato.sites import ResidualSite
 
-__all__ = ["ATOTrace", "Edit", "Residual", "TransformersModel", "find_blocks", "save"]
+__all__ = ["ATOTrace", "Edit", "Residual", "TransformersModel", "save"]
 
-Positions = int | slice | Sequence[int] | torch.Tensor | None
 _ACT = "self._act(call)"  # what the worker of an edit runs
-
-
-class Residual(torch.Tensor):
-    """A residual that was asked for but not waited for; float, shape (batch, positions, d_model).
-
-    It is empty until its worker has read it. Any use of it in torch waits for that and goes on with plain tensors; after the trace it
-    is a plain tensor itself.
-    """
-
-    trace: ATOTrace
-    site: ResidualSite
-    value: torch.Tensor | None
-
-    @staticmethod
-    def ask(trace: ATOTrace, site: ResidualSite) -> Residual:
-        """A residual of this trace, not read yet."""
-        asked: Residual = torch.Tensor._make_subclass(Residual, torch.empty(0))
-        asked.trace, asked.site, asked.value = trace, site, None
-        return asked
-
-    def wait(self) -> torch.Tensor:
-        """The value; inside the trace this waits for the model to reach the site."""
-        if self.value is None:
-            if _worker() is None:
-                raise SiteError(f"residual {self.site} was never read: the forward pass did not reach it")
-            seen = self.trace._read(self.site)  # parks here; our own worker, earlier in the list, holds the value as asked for
-            if self.value is None:
-                self.value = seen
-        return self.value
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Wait, then call `func` on plain tensors."""
-        return func(*_plain(args), **_plain(kwargs or {}))
-
-
-def _plain(tree: Any) -> Any:
-    """The same structure with every `Residual` replaced by its tensor, waiting where needed."""
-    if type(tree) is Residual:
-        return tree.wait()
-    if type(tree) in (list, tuple):
-        return type(tree)([_plain(leaf) for leaf in tree])
-    if type(tree) is dict:
-        return {key: _plain(leaf) for key, leaf in tree.items()}
-    return tree
-
-
-def _has_residual(tree: Any) -> bool:
-    if type(tree) in (list, tuple):
-        return any(_has_residual(leaf) for leaf in tree)
-    if type(tree) is dict:
-        return any(_has_residual(leaf) for leaf in tree.values())
-    return type(tree) is Residual
-
-
-def _worker() -> Any:
-    """The Mediator whose code is running, or None outside a forward pass."""
-    reference = getattr(getcurrent(), "mediator", None)
-    return None if reference is None else reference()
 
 
 class ATOTrace(InterleavingTracer):  # type: ignore[misc]
@@ -333,7 +274,7 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
 
     def _edit(self, method: str, sites: list[ResidualSite], *arguments: Any) -> None:
         call = (method, (*sites, *arguments))
-        me = _worker()
+        me = current_worker()
         if me is None:
             self.queue.append(call)
         elif self.in_order or (self._standing_at(sites[0]) and len(sites) == 1 and not self.repeats):
@@ -351,13 +292,13 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
             return
         passes.expected = self.max_new_tokens
         while True:
-            _worker().iteration = passes.number
+            current_worker().iteration = passes.number
             try:
                 self._do(call, passes)
             except OutOfOrderError:
-                if passes.number == 0:
+                if passes.number == 0 and passes.expected is not None:
                     raise
-                return  # no pass came any more
+                return  # no pass came any more; or one that stopped early, before a persistent edit
             passes.number += 1
 
     def _do(self, call: tuple[str, tuple[Any, ...]], passes: Passes) -> None:
@@ -365,7 +306,7 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
 
     def _patch(self, passes: Passes, site: ResidualSite, value: Any, positions: Positions) -> None:
         old = self._read(site)
-        new = _plain(value)
+        new = plain(value)
         self._write(passes, site, old, new(old) if callable(new) else new, positions)
 
     def _transport(self, passes: Passes, source: ResidualSite, target: ResidualSite, operator: Any, positions: Positions) -> None:
@@ -429,12 +370,12 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
 
     def _standing_at(self, site: ResidualSite) -> bool:
         """Whether the block just used this residual, so that the model still waits there."""
-        me = _worker()
+        me = current_worker()
         return me is not None and me.pending is not None and me.pending.provider == self._location(site)
 
     def _start(self, code: str, sites: list[ResidualSite], **names: Any) -> None:
         """Start a worker from inside the block, ahead of the block in the list and scoped to the same rows."""
-        me, interleaver = _worker(), self.envoy.interleaver
+        me, interleaver = current_worker(), self.envoy.interleaver
         if me is None:
             raise SiteError("a residual can only be read during a forward pass: give ATOTrace a prompt, or use t.run or t.invoke")
         for site in sites:
@@ -487,9 +428,9 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         else:
             self._execute_without_prompt(code)
         # Residuals never leave the trace: the block's own names get plain tensors.
-        found = {name: value for name, value in dict(frame.f_locals).items() if name in code.co_names and _has_residual(value)}
+        found = {name: value for name, value in dict(frame.f_locals).items() if name in code.co_names and has_residual(value)}
         for name, value in found.items():
-            tensors = _plain(value)
+            tensors = plain(value)
             push(frame, {name: mark(tensors) if id(value) in _saves() else tensors})
 
     def _execute_without_prompt(self, code: CodeType) -> None:
@@ -529,82 +470,3 @@ class Edit:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
-
-
-class Passes:
-    """Where in a sequence an edit is: which pass, and how long the prompt was.
-
-    Attributes:
-        number: Of the pass, from 0.
-        prompt: Tokens of the first pass; None before it.
-        expected: Most tokens that are generated; None if nobody knows.
-    """
-
-    number = 0
-    prompt: int | None = None
-    expected: int | None = 1
-
-    def locate(self, positions: Positions, length: int) -> tuple[Any, list[bool]]:
-        """Find positions of the sequence among the last `length` tokens of it, which this pass processes.
-
-        Returns:
-            An index of the second dimension of the pass, empty if none is there; and of each position, whether it is there.
-
-        Raises:
-            PositionError: They name nothing, or a token that is not there or never will be.
-        """
-        if self.prompt is None:
-            self.prompt = length
-        if positions is None:
-            return slice(None), []
-        end = self.prompt + self.number
-        limit = self.prompt - 1 + (self.expected or 1)
-        chosen = _chosen(positions, self.prompt, limit, max(limit, end))
-        if not chosen and self.expected is not None:
-            raise PositionError(f"positions {positions} name none of the {limit} tokens")
-        here = [end - length <= position < end for position in chosen]
-        return [position - end + length for position, found in zip(chosen, here, strict=True) if found], here
-
-
-def _chosen(positions: Any, prompt: int, limit: int, end: int) -> list[int]:
-    """Checked positions, counted from the start of a sequence; negative ones count from the end of the prompt, slices go up to `end`."""
-    if isinstance(positions, torch.Tensor):
-        if positions.dtype == torch.bool or positions.dim() > 1:
-            raise PositionError(f"positions of dtype {positions.dtype} and shape {tuple(positions.shape)}: give indices, not a mask")
-        positions = positions.tolist()
-    if isinstance(positions, slice):
-        start, stop = [bound if bound is None or bound >= 0 else max(0, bound + prompt) for bound in (positions.start, positions.stop)]
-        return list(range(end)[start : stop : positions.step])
-    chosen = [operator.index(positions)] if hasattr(positions, "__index__") else [operator.index(position) for position in positions]
-    for position in chosen:
-        if not -prompt <= position < limit:
-            raise PositionError(f"position {position} lies outside the sequence of {limit} tokens")
-    return [position + prompt if position < 0 else position for position in chosen]
-
-
-def find_blocks(module: torch.nn.Module) -> tuple[str, int, int]:
-    """Find the list of transformer blocks of a causal language model, in any architecture.
-
-    Returns:
-        Module path of the list, number of blocks, residual width.
-
-    Raises:
-        ModelError: There is no such list, or more than one.
-    """
-    config: Any = module.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    blocks, d_model = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    if blocks is None or d_model is None:
-        raise ModelError(f"{type(module).__name__} does not say num_hidden_layers and hidden_size in its config")
-    lists = [
-        path
-        for path, child in module.named_modules()
-        if isinstance(child, torch.nn.ModuleList) and len(child) == blocks and len({type(block) for block in child}) == 1
-    ]
-    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    if len(outermost) != 1:
-        raise ModelError(
-            f"{type(module).__name__} has {len(outermost)} lists of {blocks} blocks ({', '.join(outermost) or 'none'}); "
-            "nnato needs a decoder with exactly one"
-        )
-    return outermost[0], blocks, d_model

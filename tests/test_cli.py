@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from nnato import fitting
 from nnato.accumulation import FILE, load_moments
-from nnato.cli import COMMANDS, common, main
+from nnato.cli import COMMANDS, main, tables
 from nnato.metrics import METRICS
 from nnato.sites import ResidualSite
 
@@ -112,7 +112,7 @@ def test_wide_numbers_fit_into_eighty_columns(moments, monkeypatch, capsys):
         for one in fits
     ]
     monkeypatch.setenv("COLUMNS", "80")
-    common.show_fits(wide, "uniform")
+    tables.show_fits(wide, "uniform")
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "10 → 12" in shown

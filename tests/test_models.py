@@ -13,10 +13,10 @@ from transformers import BertConfig, BertLMHeadModel
 
 from nnato import embedded, models
 from nnato.accumulation import tokenize
+from nnato.blocks import find_blocks
 from nnato.embedded import EMBEDDED, EmbeddedModel, convert_gguf
 from nnato.errors import MissingExtraError, ModelError, PositionError
 from nnato.models import describe, load_model, wrap
-from nnato.trace import find_blocks
 
 PATHS = {
     "gemma2": "model.layers",

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import nnsight
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, make_tokenizer, put
-from nnsight.intervention.backends.remote import RemoteError
 
+from nnato.accumulation import accumulate, load_moments
+from nnato.cli import main
+from nnato.corpus import SPLITS, Corpus
+from nnato.edits import INTERVENTIONS
+from nnato.errors import RemoteError
+from nnato.fitting import fit
+from nnato.models import load_model, wrap
+from nnato.perplexity import ablate
+from nnato.remote import NdifServer
 from nnato.trace import ATOTrace
 
 IDS = torch.tensor([[1, 8, 9, 30, 5, 7], [1, 40, 41, 6, 90, 11]])
@@ -171,3 +182,72 @@ def test_errors_in_the_block_say_what_they_are(on_ndif):
         with ATOTrace(model, input_ids=IDS, remote=True) as t:
             t.zero(1, positions=[99])
             t.logits.save()
+
+
+@mostly
+def test_whole_runs_equal_those_here(on_ndif, text, tmp_path):
+    """The same moments, bit for bit, and the same losses; what goes there and comes back is said before and after."""
+    model, module, host = on_ndif
+    here, corpus, said = wrap(module, make_tokenizer()), Corpus(str(text), context=32, per_document=None, folds=2), []
+    server = NdifServer(host, timeout=120, say=said.append)
+    assert any("nnsight" in difference for difference in server.check())
+    pairs = [(0, 2), ("embed", BLOCKS - 1)]
+    there = accumulate(model, corpus, pairs, out=tmp_path, server=server)
+    local = accumulate(here, corpus, pairs)
+    for split in SPLITS:
+        parts = [(moments.of(split, "all"), moments.shuffled) for moments in (there.moments, local.moments)]
+        for one, two in zip(*parts, strict=True):
+            assert one.n == two.n
+            assert all(torch.equal(one.scatter_of(*block), two.scatter_of(*block)) for block in one.blocks)
+            assert torch.equal(one.mean, two.mean)
+    assert (there.tokens, there.excluded, there.medians) == (local.tokens, local.excluded, local.medians)
+    assert load_moments(tmp_path).provenance["server"] == {"host": host, "dtype": "float32", "per_job": 64}
+    assert " tokens in 5 jobs: " in said[1]
+    assert server.received < 3 * 3 * (WIDTH + 1) ** 2 * 8 + 1e6
+    operators = [result.operator for result in fit(local)]
+    arguments = {"positions": 3, "interventions": tuple(INTERVENTIONS), "sequences": 5}
+    results = ablate(model, operators, corpus, server=server, per_job=3, **arguments)
+    for result, want in zip(results, ablate(here, operators, corpus, **arguments), strict=True):
+        assert result.to_json() == want.to_json()
+
+
+@pytest.mark.parametrize(("on_ndif", "either_way"), CASES[:1], indirect=True)
+def test_the_command_prints_the_same_table(on_ndif, text):
+    model, _, host = on_ndif
+    command = ["ablate", "--model", model.repo_id, "--text", str(text), "--context", "32", "--per-document", "0", "--tokens", "4000"]
+    command += ["--pairs", "0:2", "--positions", "5", "--sequences", "6"]
+    here = CliRunner().invoke(main, command)
+    there = CliRunner().invoke(main, [*command, "--remote", "--host", host])
+    assert (here.exit_code, there.exit_code) == (0, 0), here.output + there.output
+    assert there.stdout == here.stdout
+    assert "transport" in there.stdout
+    both = [json.loads(CliRunner().invoke(main, [*command, *more, "--json"]).stdout) for more in ([], ["--remote", "--host", host])]
+    assert both[0]["results"] == both[1]["results"]
+
+
+@pytest.mark.parametrize(("on_ndif", "either_way"), CASES[:1], indirect=True)
+def test_a_job_is_attached_to_after_a_time_out(on_ndif, text, tmp_path):
+    model, _, host = on_ndif
+    corpus = Corpus(str(text), context=32, per_document=None, folds=2)
+    with pytest.raises(RemoteError, match="is not done after 0 s .*--resume-job") as caught:
+        accumulate(model, corpus, [(0, 2)], out=tmp_path, server=NdifServer(host, timeout=0))
+    said = []
+    resumed = accumulate(model, corpus, [(0, 2)], out=tmp_path, server=NdifServer(host, resume=caught.value.job, say=said.append))
+    assert f"job {caught.value.job}: attached" in said
+    assert sum("sent" in one for one in said) == 4
+    whole = accumulate(model, corpus, [(0, 2)], server=NdifServer(host))
+    assert torch.equal(resumed.moments.of("train").scatter, whole.moments.of("train").scatter)
+    with pytest.raises(RemoteError, match="the answer is not of this job: with --resume-job, repeat exactly the call that sent it"):
+        accumulate(model, corpus, [(0, 2)], server=NdifServer(host, resume=caught.value.job), per_job=2)
+
+
+def test_models_that_the_server_does_not_have(ndif_host, tmp_path, tokenizer):
+    from conftest import make_module
+
+    folder = tmp_path / "model"
+    make_module("gemma2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load_model(str(folder), remote=True)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RemoteError, match="the server cannot run this model|the block failed|the server failed"):
+        accumulate(model, Corpus("python-docs", context=32, tokens=3000), [(0, 2)], server=NdifServer(ndif_host, timeout=120, retries=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROWS = [
     {"embedded", "corpus"},
     {"nnsight_setup"},
     {"remote"},
+    {"blocks", "passes", "residuals"},
     {"trace", "statistics"},
     {"dry_run"},
     {"models", "moments"},
@@ -56,6 +58,18 @@ def test_rooms_import_only_from_rows_above():
         name = path.stem if path.parent == ROOT else "cli"
         for imported in imports(path):
             assert rank[imported] < rank[name] or imported == name == "cli", f"{name} imports {imported}"
+
+
+def test_the_map_of_the_house_is_true():
+    lines = (ROOT.parent / "CONTRIBUTING.md").read_text().splitlines()
+    found = [re.match(r"\| (\d*) ?\| `(\w+)/?` \|", line) for line in lines]
+    rows: list[set[str]] = []
+    for match in filter(None, found):
+        if match[1]:
+            assert int(match[1]) == len(rows)
+            rows.append(set())
+        rows[-1].add(match[2])
+    assert rows == ROWS
 
 
 def test_importing_nnato_loads_nothing_heavy():

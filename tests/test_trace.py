@@ -569,6 +569,16 @@ def test_a_persistent_edit_at_positions_acts_on_prompts_of_any_length(model):
         assert torch.equal(ids, hook_generate(model._module, IDS[:, :2], {1: put(slice(3, None), 0.0)}.items(), STEPS))
 
 
+def test_a_pass_that_stops_before_a_persistent_edit_is_no_error(model):
+    asked = ATOTrace(model)
+    asked.zero(1)
+    asked.zero(3)
+    with asked.persist():
+        got = capture(model, IDS, [ResidualSite(0), ResidualSite(2)])
+    seen, _ = hook_residuals(model._module, IDS, {1: put(slice(None), 0.0)}.items())
+    torch.testing.assert_close(got, torch.stack([seen[0], seen[2]]), atol=1e-6, rtol=0)
+
+
 def test_an_error_of_a_persistent_edit_is_raised_where_it_acts(model):
     asked = ATOTrace(model)
     asked.zero(1, [4])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, remotely, tables
 
 if TYPE_CHECKING:
     from nnato.operators import TransportOperator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @common.text_options
 @common.batch_option
 @common.model_options
-@common.remote_options
+@remotely.remote_options
 @click.option("--per-job", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences in one job on a server.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results (JSON) and the figure.")
 @common.json_option
@@ -86,7 +86,7 @@ def command(
     if out is not None:
         prepare_folder(out.expanduser())
     chosen: list[TransportOperator] = [TransportOperator.load(path) for path in operators]
-    remote = common.take_remote_options(text, dtype)
+    remote = remotely.take_remote_options(text, dtype)
     server = remote.check()
     with common.progress_bar() as progress:
         name = model or (chosen[0].details.get("model", {}).get("name") if chosen else None)
@@ -124,6 +124,6 @@ def command(
     if as_json:
         common.print_json(info.fingerprint(), blocks.fingerprint, record, seed)
         return
-    common.show_ablations(results)
+    tables.show_ablations(results)
     if out is not None:
         common.say(f"ablation.json and ablation.png in {out}")

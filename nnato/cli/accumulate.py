@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, remotely, tables
 
 
 @common.command("accumulate")
@@ -22,7 +22,7 @@ from nnato.cli import common
 @common.batch_option
 @click.option("--checkpoint-every", type=int, default=20, show_default=True, help="Forward passes between checkpoints.")
 @common.model_options
-@common.remote_options
+@remotely.remote_options
 @click.option("--per-job", type=click.IntRange(min=1), default=64, show_default=True, help="Forward passes in one job on a server.")
 @click.option("--ordinary-only", is_flag=True, help="Fetch no sums of special, first and sink tokens from a server: half the bytes.")
 @click.option("--sums-on", help="Where to keep the float64 sums, for example cpu.  [default: where the model is]")
@@ -62,7 +62,7 @@ def command(
     from nnato.storage import prepare_folder
 
     prepare_folder(out.expanduser())
-    remote = common.take_remote_options(text, dtype)
+    remote = remotely.take_remote_options(text, dtype)
     if ordinary_only and not remote.on:
         raise RemoteError("--ordinary-only belongs to --remote")
     server = remote.check()
@@ -105,5 +105,5 @@ def command(
         }
         common.print_json(result.model, result.text, record)
         return
-    common.show_accumulated(result)
+    tables.show_accumulated(result)
     common.say(f"{len(result.moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: nnato fit {out}")

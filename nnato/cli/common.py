@@ -18,17 +18,10 @@ from nnato.errors import NnatoError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from nnato.accumulation import Accumulated
     from nnato.corpus import Corpus
-    from nnato.efficiency import Efficiency, PaperEfficiency
-    from nnato.fitting import Fit
-    from nnato.intervals import Interval
     from nnato.nnsight_setup import TransformersModel
-    from nnato.perplexity import AblationResult
-    from nnato.remote import NdifServer, Server
-    from nnato.scaling import Scaling
     from nnato.sites import Pair
     from nnato.statistics import Progress
 
@@ -66,13 +59,6 @@ text_options = options(
     click.option("--context", type=int, help="Tokens of a sequence, special tokens included.  [default: 256]"),
     click.option("--per-document", type=int, help="At most so many sequences of one document; 0: all.  [default: 2]"),
     click.option("--column", help="Text field of .jsonl files and data sets.  [default: text]"),
-)
-remote_options = options(
-    click.option("--remote", is_flag=True, help="Run the model on an NDIF server; only sums and losses come back."),
-    click.option("--host", help="Its URL.  [default: NDIF_HOST, or nnsight's configuration, or the public one]"),
-    click.option("--timeout", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds a job may take."),
-    click.option("--resume-job", help="Attach to the job with this id, sent earlier by the same command, instead of sending it again."),
-    click.option("--dry-run-remote", is_flag=True, help="Run what --remote would send in a fresh process here, without nnato."),
 )
 batch_option = click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
@@ -155,63 +141,6 @@ def load(name: str | None, device: str | None, dtype: str, progress: Progress, r
     model = load_model(name, device=device, dtype=getattr(torch, dtype), remote=remote)
     progress("loading the model", 1, 1)
     return model
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteOptions:
-    """What --remote and its companions say."""
-
-    remote: bool
-    dry_run_remote: bool
-    host: str | None
-    timeout: float
-    resume_job: str | None
-    dtype: str
-
-    @property
-    def on(self) -> bool:
-        """Whether the model runs elsewhere."""
-        return self.remote or self.dry_run_remote
-
-    def check(self) -> NdifServer | None:
-        """Refuse what does not go together; with --remote, the server, which has said that it is there.
-
-        Raises:
-            RemoteError: Options that do not go together, no key, or no server.
-        """
-        from nnato.errors import RemoteError
-
-        if self.remote and self.dry_run_remote:
-            raise RemoteError("give --remote or --dry-run-remote, not both")
-        if not self.remote and (self.host is not None or self.resume_job is not None):
-            raise RemoteError("--host and --resume-job belong to --remote")
-        if not self.remote:
-            return None
-        from nnato.remote import NdifServer
-
-        server = NdifServer(self.host, timeout=self.timeout, resume=self.resume_job, say=note)
-        server.check()
-        return server
-
-    @contextlib.contextmanager
-    def open(self, server: NdifServer | None, model: TransformersModel) -> Iterator[Server | None]:
-        """Where jobs of a model go: the server, a dry run that ends with the block, or None for this process."""
-        if not self.dry_run_remote:
-            yield server
-            return
-        import torch
-
-        from nnato.dry_run import DryRunServer
-
-        note("dry run: a fresh process without nnato loads the weights and executes what a server would be sent")
-        with DryRunServer(model.repo_id, getattr(torch, self.dtype), say=note) as dry:
-            yield dry
-
-
-def take_remote_options(values: dict[str, Any], dtype: str) -> RemoteOptions:
-    """Take the values of `remote_options` out of a command's keyword arguments."""
-    names = ("remote", "dry_run_remote", "host", "timeout", "resume_job")
-    return RemoteOptions(**{name: values.pop(name) for name in names}, dtype=dtype)
 
 
 def note(text: str) -> None:
@@ -317,177 +246,6 @@ def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any,
         "results": finite(results),
     }
     click.echo(json.dumps(record, allow_nan=False))
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    """A table narrow enough for 80 columns, numbers on the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
-def show_fits(fits: list[Fit], metric: str) -> None:
-    """Table of held-out R²."""
-    title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
-    columns = ("pair", "operator", "ident.", "+shift", "×s", "rand.", "shuf.", "skill", "all", "penal.")
-    table = _table(title, columns)
-    for fit in fits:
-        names = ("identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled")
-        base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in names]
-        table.add_row(
-            f"{fit.operator.source} → {fit.operator.target}",
-            f"[bold]{_with_error(fit.r2_intervals[metric])}[/]",
-            *(f"{value:.2f}" for value in base),
-            f"{fit.skill_over_identity[metric]:.2f}",
-            f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
-            f"{fit.kappa:.0e}".replace("e-0", "e-").replace("e+0", "e") + "*" * fit.at_edge + "!" * (not fit.converged),
-        )
-    console().print(table)
-    notes = (
-        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; ×s: the best "
-        "multiple of x; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all: fitted "
-        "and scored with special, first and sink tokens too; penal.: κ."
-    )
-    if any(fit.at_edge for fit in fits):
-        notes += " *: an end of the grid."
-    if not all(fit.converged for fit in fits):
-        notes += " !: did not converge."
-    console().print(notes, style="dim", highlight=False)
-    if any(fit.composed for fit in fits):
-        _show_compositions(fits, metric)
-
-
-def _with_error(interval: Interval) -> str:
-    """A number with half the width of its interval."""
-    half = (interval.high - interval.low) / 2
-    return f"{interval.value:.3f}" + (f"±{half:.3f}".replace("±0.", "±.") if half == half else "")
-
-
-def _show_compositions(fits: list[Fit], metric: str) -> None:
-    """Table of operators against compositions of two that lead to the same target."""
-    table = _table("R² of one operator and of two in a row", ("pair", "through", "direct", "composed"))
-    for fit in fits:
-        for site, scores in fit.composed.items():
-            pair = f"{fit.operator.source} → {fit.operator.target}"
-            table.add_row(pair, str(site), f"{fit.r2[metric]:.3f}", f"{scores[metric]:.3f}")
-    console().print(table)
-
-
-def show_efficiencies(results: list[Efficiency]) -> None:
-    """Tables of ceilings, sizes of the subspace, and efficiencies."""
-    from nnato.cca import participation_ratio
-
-    columns = ("pair", "in sample", "cross-fit", "debiased", "noise", "n_eff", "LTS", "90 %", "PR", "PR shuf.")
-    table = _table("Σρ² of source and target, and size of the transport subspace", columns)
-    for result in results:
-        found = result.correlations
-        table.add_row(
-            f"{result.pair[0]} → {result.pair[1]}",
-            f"{float(found.rho.square().sum()):.1f}",
-            f"{float(found.cross_fitted.sum()):.1f}" if len(found.cross_fitted) else "-",
-            f"[bold]{result.sum_debiased.value:.1f}[/]" + _half(result.sum_debiased),
-            f"{found.noise_floor:.1f}",
-            f"{found.size.n:,.0f}",
-            f"[bold]{found.dimensions}[/]",
-            str(found.rank_for(0.9)),
-            f"{participation_ratio(found.rho):.0f}",
-            f"{participation_ratio(found.null):.0f}",
-        )
-    console().print(table)
-    width = results[0].correlations.width
-    notes = (
-        f"of {width} dimensions. noise: what independent data would give in sample; n_eff: independent tokens that the training tokens are "
-        "worth; LTS: canonical correlations above the noise edge, less those of position alone; 90 %: rank that reaches 90 % of debiased; "
-        "PR: the paper's participation ratio, which is about as large for shuffled pairs."
-    )
-    console().print(notes, style="dim", highlight=False)
-    for first in range(0, len(results), 5):
-        some = results[first : first + 5]
-        table = _table("η(r): whitened R² on test / debiased ceiling", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
-        ranks = sorted({point.rank for one in some for point in one.points})
-        for rank in [*ranks[:-1:3], ranks[-1]] if len(ranks) > 10 else ranks:
-            found_points = [next((point for point in one.points if point.rank == rank), None) for one in some]
-            table.add_row(str(rank), *(_with_error(point.efficiency) if point else "-" for point in found_points))
-        console().print(table)
-    notes = (
-        "± is a 95 % interval over training and test documents. What is missing from 1 at full rank is estimation (too little text, "
-        "shrinkage, another whitening of test documents), not a property of the model."
-    )
-    console().print(notes, style="dim", highlight=False)
-
-
-def _half(interval: Interval) -> str:
-    half = (interval.high - interval.low) / 2
-    return f"±{half:.0f}" if half == half else ""
-
-
-def show_paper_efficiencies(results: list[PaperEfficiency]) -> None:
-    """Table of efficiencies by the paper's protocol."""
-    for first in range(0, len(results), 5):
-        some = results[first : first + 5]
-        table = _table("η(r) as in the paper", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
-        for number, rank in enumerate(some[0].ranks):
-            table.add_row(str(rank), *(f"{one.efficiency[number]:.2f}" for one in some))
-        table.add_row("mean", *(f"{one.mean_efficiency:.2f}" for one in some), style="bold")
-        table.add_row("dim_lin", *(f"{one.dim_lin:.0f}" for one in some))
-        table.add_row("α", *(f"{one.alpha:g}" for one in some))
-        console().print(table)
-
-
-def show_scalings(results: list[Scaling], metric: str) -> None:
-    """Table of R² against training tokens."""
-    for first in range(0, len(results), 5):
-        some = results[first : first + 5]
-        title = f"R² on test documents ({metric.replace('_', '-')}) against training tokens"
-        table = _table(title, ("tokens", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
-        for number, point in enumerate(some[0].points):
-            table.add_row(f"{point.tokens:,}", *(_with_error(one.points[number].r2[metric]) for one in some))
-        table.add_row("per doubling", *(f"{one.per_doubling(metric):+.3f}" for one in some), style="bold")
-        console().print(table)
-    notes = "± is a 95 % interval over test documents; per doubling: what the last doubling of the tokens brought."
-    console().print(notes, style="dim", highlight=False)
-
-
-def show_accumulated(accumulated: Accumulated) -> None:
-    """Token counts and exclusions, in a few lines."""
-    tokens = ", ".join(f"{count:,} {split}" for split, count in accumulated.tokens.items())
-    excluded = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in accumulated.excluded.items())
-    sinks = ", ".join(f"{text!r} {count}" for text, count in list(accumulated.sink_tokens.items())[:5])
-    text = f"text: {accumulated.text['source']}, {accumulated.text['documents']} documents; tokens: {tokens}"
-    say(text)
-    say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
-
-
-def show_ablations(results: list[AblationResult]) -> None:
-    """Table of losses under interventions, one per pair."""
-    for result in results:
-        title = f"{result.pair[0]} → {result.pair[1]}: {result.positions.describe()}, {result.sequences} sequences"
-        table = _table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
-        table.add_row("(unedited)", f"{result.log_perplexity:.3f}")
-        for name, effect in result.effects.items():
-            at, over, recovered = effect.delta_loss_at_edit, effect.minus_transport, effect.loss_recovered_mean
-            table.add_row(
-                name,
-                f"{effect.log_perplexity:.3f}",
-                f"{at.value:+.2f} [{at.low:.2f}, {at.high:.2f}]",
-                f"{effect.delta_loss.value:+.3f}",
-                f"{over.value:+.3f} [{over.low:.3f}, {over.high:.3f}]" if over else "",
-                f"{recovered:.2f}" if recovered == recovered else "-",
-                style="bold" if name == "transport" else None,
-            )
-        console().print(table)
-    notes = (
-        f"nats; 95 % intervals, paired bootstrap over {results[0].documents} documents. Δloss at the edited positions; Δ after: over all "
-        "positions from the first edit on; over transport: how much more of the latter; recov.: loss recovered, 0 as bad as the mean, "
-        "1 unharmed."
-    )
-    console().print(notes, style="dim", highlight=False)
 
 
 def about(model: dict[str, Any], text: dict[str, Any]) -> str:

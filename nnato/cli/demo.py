@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, tables
 
 SEQUENCES = 16
 METRIC = "variance_weighted"
@@ -60,7 +60,7 @@ def command(model: str | None, out: Path, device: str | None, dtype: str, as_jso
     if as_json:
         common.print_json(accumulated.model, accumulated.text, record)
         return
-    common.show_accumulated(accumulated)
-    common.show_fits(fits, METRIC)
-    common.show_ablations(results)
+    tables.show_accumulated(accumulated)
+    tables.show_fits(fits, METRIC)
+    tables.show_ablations(results)
     common.say(f"Figures: {', '.join(map(str, figures))}; numbers: {folder / 'results.json'}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, tables
 
 
 @common.command("efficiency")
@@ -79,11 +79,11 @@ def command(
     if as_json:
         common.print_json(accumulated.model, accumulated.text, record)
         return
-    common.show_accumulated(accumulated)
+    tables.show_accumulated(accumulated)
     if papers:
-        common.show_paper_efficiencies(papers)
+        tables.show_paper_efficiencies(papers)
     else:
-        common.show_efficiencies(ours)
+        tables.show_efficiencies(ours)
     if out is not None:
         common.say(f"efficiency.json, efficiency.csv and figures in {out}")
 

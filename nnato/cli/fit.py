@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, tables
 
 if TYPE_CHECKING:
     from nnato.fitting import Fit
@@ -95,8 +95,8 @@ def command(
     if as_json:
         common.print_json(accumulated.model, accumulated.text, results)
         return
-    common.show_accumulated(accumulated)
-    common.show_fits(fits, method.metric)
+    tables.show_accumulated(accumulated)
+    tables.show_fits(fits, method.metric)
     if written:
         common.say(f"{len(fits)} operators, r2.png, fit.json and fit.csv in {out}. Next: nnato ablate --operator {written[0]}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nnato.cli import common
+from nnato.cli import common, tables
 
 
 @common.command("scaling")
@@ -60,7 +60,7 @@ def command(
     if as_json:
         common.print_json(accumulated.model, accumulated.text, record)
         return
-    common.show_accumulated(accumulated)
-    common.show_scalings(results, method.metric)
+    tables.show_accumulated(accumulated)
+    tables.show_scalings(results, method.metric)
     if out is not None:
         common.say(f"scaling.json, scaling.csv and scaling.png in {out}")
