@@ -17,8 +17,8 @@ from nnato.sparse import SparseFit, check_l1_ratio, elastic_net, zero_penalty
 SELECTIONS = ("validation", "kfold", "gcv")
 PENALTIES = ("ridge", "lasso", "elastic-net")
 PRIORS = ("zero", "identity")
-SPARSE_KAPPAS: tuple[float, ...] = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 8))
-"""Grid of lasso penalties in units of the smallest that leaves no weight, 0.3 … 3e-4, two a decade."""
+SPARSE_KAPPAS: tuple[float, ...] = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 11))
+"""Grid of lasso penalties in units of the smallest that leaves no weight, 0.3 … 1e-5, two a decade."""
 PAPER_ALPHAS: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0, 2000.0, 5000.0, 10000.0)
 """Ridge penalties of the paper, in scikit-learn's units (METHODS §2.2 C)."""
 PAPER_FOLDS = 5
