@@ -1,6 +1,6 @@
 """From stored activations to a chosen ridge operator: scikit-learn's `GridSearchCV(Ridge)` against moments, in CPU time and peak memory.
 
-The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; the two take turns, and the
+The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; they take turns, and the
 medians of the ratios of each turn are reported. Prints one JSON object and writes benchmarks/results/solvers.json.
 """
 
@@ -50,8 +50,8 @@ def by_scikit_learn(folder: Path) -> float:
     return float(search.best_params_["alpha"])
 
 
-def by_moments(folder: Path) -> float:
-    """The penalty chosen from moments of folds, read in chunks."""
+def by_moments(folder: Path, products: str = "float64") -> float:
+    """The penalty chosen from moments of folds, read in chunks, with products of this dtype and float64 sums."""
     import numpy as np
     import torch
 
@@ -65,7 +65,7 @@ def by_moments(folder: Path) -> float:
     (n, width), offset = files[0].shape, files[0].offset
     folds = []
     for part in np.array_split(np.arange(n), FOLDS):
-        moments = Moments.of_pairs([pair], width)
+        moments = Moments.of_pairs([pair], width, products=getattr(torch, products))
         for first in range(part[0], part[-1] + 1, CHUNK):
             rows = min(part[-1] + 1, first + CHUNK) - first
             place = {"count": rows * width, "offset": offset + first * width * 4}
@@ -75,7 +75,11 @@ def by_moments(folder: Path) -> float:
     return Solver(Method.paper()).solve(Regression.merge(folds), folds=folds).alpha
 
 
-ROLES = {"scikit-learn": by_scikit_learn, "moments": by_moments}
+ROLES = {
+    "scikit-learn": by_scikit_learn,
+    "moments": by_moments,
+    "moments, float32 products": lambda folder: by_moments(folder, "float32"),
+}
 
 
 def resident(which: str) -> float:
@@ -121,12 +125,13 @@ def main() -> None:
             turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(arguments.repeats)]
         chosen = {turn[role]["alpha"] for turn in turns for role in ROLES}
         if len(chosen) != 1:
-            raise SystemExit(f"the two chose different penalties: {turns}")
+            raise SystemExit(f"different penalties were chosen: {turns}")
         entry = {"d_model": d, "tokens": n, "repeats": arguments.repeats, "alpha": chosen.pop()}
         for key in ("cpu_s", "peak_mib"):
             for role in ROLES:
-                entry[f"{key} {role}"] = statistics.median(turn[role][key] for turn in turns)
-            entry[f"{key} ratio"] = statistics.median(turn["scikit-learn"][key] / turn["moments"][key] for turn in turns)
+                entry[f"{key}, {role}"] = statistics.median(turn[role][key] for turn in turns)
+                if role != "scikit-learn":
+                    entry[f"{key} ratio, {role}"] = statistics.median(turn["scikit-learn"][key] / turn[role][key] for turn in turns)
         record["sizes"] = [*record["sizes"], entry]  # type: ignore[misc]
         print(json.dumps(entry), file=sys.stderr)
     record["provenance"] = provenance()
