@@ -8,6 +8,8 @@ import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from test_lowrank import rows
 from test_regression import regression
 
@@ -39,6 +41,16 @@ def test_the_papers_choice_equals_grid_search(data, folds):
     assert np.abs(np.array(solution.path.scores) - search.cv_results_["mean_test_score"]).max() <= 1e-9
     want = search.best_estimator_.coef_.T
     assert np.abs(solution.weight.numpy() - want).max() <= 1e-9 * np.abs(want).max()
+
+
+def test_scales_come_from_the_training_rows_of_each_fold(data, folds):
+    x, y = data["train"]
+    grid = {"ridge__alpha": [0.1, 10.0, 1000.0]}
+    search = GridSearchCV(make_pipeline(StandardScaler(), Ridge(solver="svd")), grid, cv=KFold(5), scoring="r2").fit(x, y)
+    method = Method(metric="uniform", select="kfold", average="mean", standardize=True, alphas=(0.1, 10.0, 1000.0))
+    solution = Solver(method).solve(Regression.merge(folds), folds=folds)
+    assert np.abs(np.array(solution.path.scores) - search.cv_results_["mean_test_score"]).max() <= 1e-9
+    assert solution.alpha == search.best_params_["ridge__alpha"]
 
 
 @pytest.mark.parametrize("penalty", ["lasso", "elastic-net"])
