@@ -50,8 +50,10 @@ def by_scikit_learn(folder: Path) -> float:
     return float(search.best_params_["alpha"])
 
 
-def by_moments(folder: Path, products: str = "float64") -> float:
+def by_moments(folder: Path, products: str = "float64", search: str = "full") -> float:
     """The penalty chosen from moments of folds, read in chunks, with products of this dtype and float64 sums."""
+    import dataclasses
+
     import numpy as np
     import torch
 
@@ -72,13 +74,16 @@ def by_moments(folder: Path, products: str = "float64") -> float:
             chunk = [np.fromfile(folder / f"{name}.npy", np.float32, **place).reshape(rows, width) for name in "xy"]
             moments.update(torch.from_numpy(np.stack(chunk)))
         folds.append(Regression.of(moments, pair))
-    return Solver(Method.paper()).solve(Regression.merge(folds), folds=folds).alpha
+    method = dataclasses.replace(Method.paper(), search=search)
+    return Solver(method).solve(Regression.merge(folds), folds=folds).alpha
 
 
 ROLES = {
     "scikit-learn": by_scikit_learn,
     "moments": by_moments,
     "moments, float32 products": lambda folder: by_moments(folder, "float32"),
+    "moments, screened": lambda folder: by_moments(folder, search="screened"),
+    "moments, float32 products, screened": lambda folder: by_moments(folder, "float32", "screened"),
 }
 
 
