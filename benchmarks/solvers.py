@@ -103,8 +103,7 @@ def run(role: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="576x100000,2304x20000", help="width x tokens, …")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default="576x100000x3,2304x20000x3", help="width x tokens x repeats, …")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -124,14 +123,14 @@ def main() -> None:
 
     record: dict[str, object] = {"penalties": 8, "folds": FOLDS, "sizes": []}
     for size in arguments.sizes.split(","):
-        d, n = (int(part) for part in size.split("x"))
+        d, n, repeats = (int(part) for part in size.split("x"))
         with tempfile.TemporaryDirectory() as scratch:
             make(Path(scratch), d, n)
-            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(arguments.repeats)]
+            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(repeats)]
         chosen = {turn[role]["alpha"] for turn in turns for role in ROLES}
         if len(chosen) != 1:
             raise SystemExit(f"different penalties were chosen: {turns}")
-        entry = {"d_model": d, "tokens": n, "repeats": arguments.repeats, "alpha": chosen.pop()}
+        entry = {"d_model": d, "tokens": n, "repeats": repeats, "alpha": chosen.pop()}
         for key in ("cpu_s", "peak_mib"):
             for role in ROLES:
                 entry[f"{key}, {role}"] = statistics.median(turn[role][key] for turn in turns)
