@@ -52,7 +52,9 @@ class RankPoint:
 
     Attributes:
         rank: r.
-        r2: Whitened R² on test documents of the best operator of rank r, with its interval over test documents.
+        r2: Whitened R² on test documents of the best operator of rank r, with its interval over test documents. Unlike that of `fit`, it is
+            relative to the error of the training mean, the operator of rank 0: at small ranks, the difference of the means of training and
+            test documents would outweigh all that is explained.
         efficiency: R² over the debiased ceiling, with an interval over training and test documents; may exceed 1 within it.
         ceilings: Whitened R² of the best map of rank r by `CEILINGS`; a cross-fitted one is absent without folds.
     """
@@ -228,7 +230,7 @@ def efficiency(pair: Pair, rows: PairRows, ranks: Sequence[int] | None = None, f
     test = Regression.merge(rows.tests)
     path = reduced_rank(RidgeSource(train.xx), train, choice.alpha, weigh)
     errors = torch.stack([_at(path.errors(fold.about(train), weigh), chosen) for fold in rows.tests])
-    totals = squared_deviations(rows.tests, test.y_mean, weigh)
+    totals = squared_deviations(rows.tests, train.y_mean, weigh)
     ceilings = _ceilings(found, chosen)
     replicates = [_without(train, fold, test, choice.alpha, found.size, chosen) for fold in several]
     points = []
@@ -278,8 +280,9 @@ def _without(train: Regression, fold: Regression, test: Regression, alpha: float
     smaller = EffectiveSize(size.n * share, size.position_only, noise_edge(*dimensions, size.n * share))
     debiased = debias(singular_values(x.T @ rest.xy @ y).square(), dimensions, smaller)
     weigh = weighting("whitened", rest.yy, rest.yy)
-    errors = reduced_rank(RidgeSource(rest.xx), rest, alpha * share, weigh).errors(test.about(rest), weigh)
-    r2 = 1 - _at(errors, ranks) / weigh.trace(test.yy)
+    heldout = test.about(rest)
+    errors = reduced_rank(RidgeSource(rest.xx), rest, alpha * share, weigh).errors(heldout, weigh)
+    r2 = 1 - _at(errors, ranks) / weigh.trace(heldout.yy)
     return _Replicate(r2 / (_at(debiased.cumsum(0), ranks) / train.yy.shape[0]), float(debiased.sum()))
 
 

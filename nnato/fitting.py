@@ -41,6 +41,7 @@ class Fit:
             was fitted on.
         baselines: R² of the maps of `BASELINES`, by name and metric. `shuffled` is a ridge fitted to pairs of unrelated documents,
             `shrunk_to_identity` a ridge whose large penalties leave the identity.
+        mse: Mean squared error on test documents, over tokens and coordinates.
         skill_over_identity: `1 - SSE / SSE(identity_shift)`, by metric.
         skill_intervals: The same with intervals.
         r2_all_tokens: R² of an operator fitted, chosen and scored with special tokens, first positions and sinks, by metric; usually far
@@ -56,6 +57,7 @@ class Fit:
     converged: bool
     r2: dict[str, float]
     r2_intervals: dict[str, Interval]
+    mse: float
     baselines: dict[str, dict[str, float]]
     skill_over_identity: dict[str, float]
     skill_intervals: dict[str, Interval]
@@ -77,6 +79,8 @@ class Fit:
             "converged": self.converged,
             "rank": self.method.rank or min(self.operator.weight.shape),
             "r2": {metric: interval.to_json() for metric, interval in self.r2_intervals.items()},
+            "mse": self.mse,
+            "rmse": self.mse**0.5,
             "skill_over_identity": {metric: interval.to_json() for metric, interval in self.skill_intervals.items()},
             "baselines": self.baselines,
             "r2_all_tokens": self.r2_all_tokens,
@@ -148,6 +152,7 @@ class _Judged:
     solution: Solution
     scores: dict[str, dict[str, Interval]]
     skill: dict[str, Interval]
+    mse: float
 
 
 class _Bench:
@@ -207,7 +212,9 @@ class _Bench:
                 scores[name][metric] = share_explained(errors[name], totals)
             if "identity_shift" in maps:
                 skill[metric] = share_explained(errors["transport"], errors["identity_shift"])
-        return _Judged(self._with_details(maps["transport"], solution, train, scores["transport"]), solution, scores, skill)
+        operator = self._with_details(maps["transport"], solution, train, scores["transport"])
+        mse = float(squared_errors(operator.weight, operator.bias, tests, Weighting()).sum()) / (test.n * len(test.y_mean))
+        return _Judged(operator, solution, scores, skill, mse)
 
     def score_composed(self, operator: TransportOperator) -> dict[str, float]:
         """R² on test of a composition, by metric."""
@@ -283,6 +290,7 @@ def _result(judged: _Judged, all_tokens: dict[str, Interval], method: Method) ->
         converged=solution.sparse is None or solution.sparse.converged,
         r2=_values(scores["transport"]),
         r2_intervals=scores["transport"],
+        mse=judged.mse,
         baselines={name: _values(scores[name]) for name in BASELINES if name in scores},
         skill_over_identity=_values(judged.skill),
         skill_intervals=judged.skill,

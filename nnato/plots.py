@@ -154,8 +154,7 @@ def correlation_spectra(results: Sequence[Efficiency], path: Path, about: str) -
             if len(values):
                 axes.plot(range(1, len(values) + 1), values.tolist(), label=name, color=colour, linewidth=1.2)
         axes.axhline(found.size.edge, color="black", linewidth=0.8, linestyle="--", label="noise edge")
-        title = f"{result.pair[0]} → {result.pair[1]}: {found.dimensions} dimensions above the noise edge"
-        axes.set_title(title, fontsize=9)
+        axes.set_title(f"{result.pair[0]} → {result.pair[1]}: transport subspace of {found.dimensions} dimensions", fontsize=9)
         axes.set_ylabel("ρ²")
         axes.set_ylim(-0.03, 1.03)
     for axes in panels[len(results) :]:
@@ -211,6 +210,9 @@ def scaling_curves(results: Sequence[Scaling], path: Path, metric: str, about: s
         axes.plot(tokens, values, marker=".", color=colour, label=f"{result.pair[0]} → {result.pair[1]}")
         axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
+    shown = [results[0].points[number].tokens for number in sorted({0, (len(results[0].points) - 1) // 2, len(results[0].points) - 1})]
+    axes.set_xticks(shown, [f"{tokens:,}" for tokens in shown])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("training tokens")
     axes.set_ylabel(f"R² on test, {METRIC_NAMES[metric]}")
     axes.legend(fontsize=8, title="source → target")

@@ -45,7 +45,7 @@ class Regression:
             moments.mean_of(source),
             moments.mean_of(target),
             moments.scatter_of(source, source),
-            moments.scatter_of(source, target),
+            moments.scatter_of(source, target).clone(),  # a view would keep all other blocks in memory
             moments.scatter_of(target, target),
         )
 

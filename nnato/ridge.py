@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +136,8 @@ class Path:
 
 
 def score_path(
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
+    heldout: Sequence[Regression],
     penalties: Sequence[float],
     train: Regression,
     metric: str,
@@ -146,7 +147,8 @@ def score_path(
     """Held-out R² of every penalty, over one trial (validation) or several (folds).
 
     Args:
-        trials: What to fit on and to score on.
+        trials: What to fit on and to score on; taken one at a time, so that a generator holds the sums of one in memory.
+        heldout: The held-out rows of all trials.
         penalties: The grid, in raw units.
         train: All training rows, which give the whitening when errors are pooled.
         metric: One of `metrics.METRICS`.
@@ -160,8 +162,9 @@ def score_path(
     if average not in AVERAGES:
         raise MomentsError(f"unknown average {average!r}; known are {', '.join(AVERAGES)}")
     alphas = torch.tensor(penalties, dtype=torch.float64, device=train.xx.device)
-    everything = Regression.merge([trial.heldout for trial in trials]).yy if metric == "uniform" else train.yy
-    pooled = weighting(metric, train.yy, everything) if average == "pooled" else None
+    pooled = None
+    if average == "pooled":
+        pooled = weighting(metric, train.yy, Regression.merge(heldout).yy if metric == "uniform" else train.yy)
     found, totals = [], []
     for trial in trials:
         weigh = pooled or weighting(metric, trial.train.yy, trial.heldout.yy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,8 @@ from nnato.sparse import SparseFit, check_l1_ratio, elastic_net, zero_penalty
 SELECTIONS = ("validation", "kfold", "gcv")
 PENALTIES = ("ridge", "lasso", "elastic-net")
 PRIORS = ("zero", "identity")
-SPARSE_KAPPAS: tuple[float, ...] = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 8))
-"""Grid of lasso penalties in units of the smallest that leaves no weight, 0.3 … 3e-4, two a decade."""
+SPARSE_KAPPAS: tuple[float, ...] = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 11))
+"""Grid of lasso penalties in units of the smallest that leaves no weight, 0.3 … 1e-5, two a decade."""
 PAPER_ALPHAS: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0, 2000.0, 5000.0, 10000.0)
 """Ridge penalties of the paper, in scikit-learn's units (METHODS §2.2 C)."""
 PAPER_FOLDS = 5
@@ -154,9 +154,14 @@ class Solver:
         if method.select == "gcv":
             path = score_path_gcv(source, train, frame, alphas, method.metric)
         else:
-            trials = self._trials(train, folds) if method.select == "kfold" else [Trial(train, self._validation(validation), frame, source)]
             errors = Trial.errors if method.penalty == "ridge" else self._sparse_errors
-            path = score_path(trials, alphas, train, method.metric, method.average, errors)
+            if method.select == "kfold":
+                trials: Iterable[Trial] = self._trials(train, folds)
+                heldout = folds
+            else:
+                heldout = [self._validation(validation)]
+                trials = [Trial(train, heldout[0], frame, source)]
+            path = score_path(trials, heldout, alphas, train, method.metric, method.average, errors)
         kappa = path.penalty / unit if method.alphas else kappas[path.best]
         if method.penalty != "ridge":
             fitted = elastic_net_path(framed, [alpha for alpha in alphas if alpha >= path.penalty], method.ratio)[-1]
@@ -173,15 +178,13 @@ class Solver:
             raise MomentsError("selection on validation needs validation rows")
         return validation
 
-    def _trials(self, train: Regression, folds: Sequence[Regression]) -> list[Trial]:
+    def _trials(self, train: Regression, folds: Sequence[Regression]) -> Iterator[Trial]:
         if len(folds) < 2:
             raise MomentsError(f"selection by kfold needs at least two folds of training documents, and there are {len(folds)}")
-        trials = []
         for number, fold in enumerate(folds):
             rest = train.without(fold)
             frame = self.method.frame(rest)
-            trials.append(Trial(rest, fold, frame, self._source(number, frame.apply(rest))))
-        return trials
+            yield Trial(rest, fold, frame, self._source(number, frame.apply(rest)))
 
     def _source(self, number: int, framed: Regression) -> RidgeSource:
         if number not in self._sources:

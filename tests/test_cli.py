@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,11 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from nnato.accumulation import FILE
-from nnato.cli import COMMANDS, main
+from nnato import fitting
+from nnato.accumulation import FILE, load_moments
+from nnato.cli import COMMANDS, main, tables
+from nnato.metrics import METRICS
+from nnato.sites import ResidualSite
 
 TEXT = ["--context", "32", "--per-document", "0", "--tokens", "100000"]
 
@@ -86,11 +90,33 @@ def test_fit(moments, tmp_path):
     table = run("fit", moments, "--pairs", "0:2", "--metric", "uniform", "--use-tokens", "all").stdout
     assert "0 → 2" in table
     assert "1 → 3" not in table
+    assert "…" not in table
     assert max(len(line) for line in table.splitlines() if not line.startswith("text:")) <= 80
 
 
 def widest(output):
     return max(len(line) for line in output.splitlines() if not line.startswith(("text:", "left out:")))
+
+
+def test_wide_numbers_fit_into_eighty_columns(moments, monkeypatch, capsys):
+    """Pairs of two digits and R² of minus twelve, as a real model has them."""
+    fits = fitting.fit(load_moments(moments), [(0, 2)])
+    wide = [
+        dataclasses.replace(
+            one,
+            operator=dataclasses.replace(one.operator, source=ResidualSite(10), target=ResidualSite(12)),
+            baselines={name: dict.fromkeys(METRICS, -12.34) for name in one.baselines},
+            at_edge=True,
+            converged=False,
+        )
+        for one in fits
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    tables.show_fits(wide, "uniform")
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "10 → 12" in shown
+    assert widest(shown) <= 80
 
 
 def rows_of(path):
@@ -167,7 +193,7 @@ def test_efficiency_as_in_the_paper(saved_model, text, tmp_path):
     assert result.stderr.count("preset paper: ") == 1
     assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png"]
     output = run(*options).stdout
-    assert re.search(r"dim_lin\s+mean η\s+η at ranks", output)
+    assert re.search(r"mean\s+-?\d.*\n.*dim_lin\s+\d+.*\n.*α\s+\d", output)
     assert widest(output) <= 80
 
 

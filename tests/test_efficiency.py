@@ -64,7 +64,7 @@ def test_curves_are_those_of_rows(planted):
     rows_x = np.vstack([x - x.mean(0), math.sqrt(got.alpha) * np.eye(8)])
     full = np.linalg.lstsq(rows_x, np.vstack([(y - y.mean(0)) @ root, np.zeros((8, 8))]), rcond=None)[0]
     axes = np.linalg.svd(rows_x @ full, full_matrices=False)[2]
-    total = (((test_y - test_y.mean(0)) @ root) ** 2).sum()
+    total = (((test_y - y.mean(0)) @ root) ** 2).sum()
     for point in got.points:
         predicted = (test_x - x.mean(0)) @ full @ axes[: point.rank].T @ axes[: point.rank]
         r2 = 1 - ((((test_y - y.mean(0)) @ root) - predicted) ** 2).sum() / total

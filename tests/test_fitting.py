@@ -58,6 +58,8 @@ def test_fit_equals_scikit_learn_on_materialised_activations(model, corpus, accu
         assert result.kappa == KAPPAS[int(np.argmax(scores))]
         assert np.abs(result.operator.weight.numpy() - best.coef_.T).max() <= 1e-8 * np.abs(best.coef_).max()
         predicted = best.predict(data["test"][s])
+        assert result.mse == pytest.approx(np.square(data["test"][t] - predicted).mean(), rel=1e-9)
+        assert result.to_json()["rmse"] == pytest.approx(result.mse**0.5)
         for key, multioutput in (("uniform", "uniform_average"), ("variance_weighted", "variance_weighted")):
             y = data["test"][t]
             assert result.r2[key] == pytest.approx(r2_score(y, predicted, multioutput=multioutput), abs=1e-9)

@@ -81,7 +81,7 @@ def test_ridge_equals_scikit_learn_at_every_penalty(data, parts, kappa):
 def test_scores_of_the_whole_path_equal_direct_ones_and_the_best_is_chosen(data, parts, metric):
     x, y = data["validation"]
     alphas = alphas_of(data["train"][0])
-    path = score_path([trial(parts["train"], parts["validation"])], alphas, parts["train"], metric)
+    path = score_path([trial(parts["train"], parts["validation"])], [parts["validation"]], alphas, parts["train"], metric)
     direct = []
     for alpha in alphas:
         predicted = Ridge(alpha=alpha, solver="svd").fit(*data["train"]).predict(x)
@@ -107,7 +107,7 @@ def test_kfold_equals_grid_search(data, scale):
     folds = [regression(x[held], y[held]) for _, held in KFold(5).split(x)]
     train = Regression.merge(folds)
     trials = [trial(rest, fold, Frame.of(rest, scale)) for fold in folds for rest in [train.without(fold)]]
-    path = score_path(trials, alphas, train, "uniform", "mean")
+    path = score_path(iter(trials), folds, alphas, train, "uniform", "mean")
     assert np.abs(np.array(path.scores) - search.cv_results_["mean_test_score"]).max() <= 1e-9
     assert path.penalty == next(iter(search.best_params_.values()))
     frame = Frame.of(train, scale)
@@ -126,7 +126,7 @@ def test_pooled_scores_are_one_ratio_of_sums(data, metric):
     for rest, held in KFold(4).split(x):
         errors = errors + (y[held] - Ridge(alpha=50.0, solver="svd").fit(x[rest], y[rest]).predict(x[held])).T ** 2 @ np.ones(len(held))
         totals = totals + ((y[held] - y[held].mean(0)) ** 2).sum(0)
-    path = score_path([trial(train.without(fold), fold) for fold in folds], [50.0], train, metric)
+    path = score_path([trial(train.without(fold), fold) for fold in folds], folds, [50.0], train, metric)
     if metric == "variance_weighted":
         assert path.scores[0] == pytest.approx(1 - errors.sum() / totals.sum(), abs=1e-9)
     elif metric == "uniform":
@@ -167,7 +167,7 @@ def test_shrinking_to_a_prior_equals_regression_of_the_difference(data, parts):
     reference = Ridge(alpha=1e4, solver="svd").fit(x, y - x).coef_.T + np.eye(D)
     assert np.abs(weight - reference).max() <= 1e-9 * np.abs(reference).max()
     heldout, held = parts["validation"], data["validation"]
-    path = score_path([trial(parts["train"], heldout, frame)], [1e4], parts["train"], "uniform")
+    path = score_path([trial(parts["train"], heldout, frame)], [heldout], [1e4], parts["train"], "uniform")
     predicted = held[0] + Ridge(alpha=1e4, solver="svd").fit(x, y - x).predict(held[0])
     assert path.scores[0] == pytest.approx(r2_score(held[1], predicted), abs=1e-9)
     far = RidgeSource(framed.xx).weight(framed.xy, 1e14)
@@ -258,10 +258,10 @@ def test_bad_words_are_refused(parts):
     with pytest.raises(MomentsError, match="unknown metric 'r2'; known are variance_weighted, uniform, whitened"):
         weighting("r2", torch.eye(2), torch.eye(2))
     with pytest.raises(MomentsError, match="unknown average 'median'; known are pooled, mean"):
-        score_path([], [1.0], parts["train"], "uniform", "median")
+        score_path([], [], [1.0], parts["train"], "uniform", "median")
     still = Regression(9, *(torch.zeros_like(part) for part in (parts["train"].x_mean,) * 2 + (parts["train"].xx,) * 3))
     with pytest.raises(MomentsError, match="the held-out residuals of the target do not vary"):
-        score_path([trial(parts["train"], still)], [1.0], parts["train"], "variance_weighted")
+        score_path([trial(parts["train"], still)], [still], [1.0], parts["train"], "variance_weighted")
 
 
 def test_linalg_refuses_what_has_no_spectrum():

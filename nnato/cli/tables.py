@@ -34,7 +34,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def show_fits(fits: list[Fit], metric: str) -> None:
     """Table of held-out R²."""
     title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
-    columns = ("pair", "operator", "ident.", "+shift", "scaled", "rand.", "shuf.", "skill", "all tok.", "penalty")
+    columns = ("pair", "operator", "ident.", "+shift", "×s", "rand.", "shuf.", "skill", "all", "penal.")
     table = _table(title, columns)
     for fit in fits:
         names = ("identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled")
@@ -45,13 +45,13 @@ def show_fits(fits: list[Fit], metric: str) -> None:
             *(f"{value:.2f}" for value in base),
             f"{fit.skill_over_identity[metric]:.2f}",
             f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
-            f"{fit.kappa:.0e}{'*' if fit.at_edge else ''}{'' if fit.converged else '!'}",
+            f"{fit.kappa:.0e}".replace("e-0", "e-").replace("e+0", "e") + "*" * fit.at_edge + "!" * (not fit.converged),
         )
     console().print(table)
     notes = (
-        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; scaled: the "
-        "best multiple of it; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all "
-        "tok.: fitted and scored with special, first and sink tokens too."
+        "operator: ± is a 95 % interval over test documents; ident.: x itself; +shift: x moved by the difference of means; ×s: the best "
+        "multiple of x; rand.: a random rotation; shuf.: fitted to unrelated documents; skill: 1 - error / error of +shift; all: fitted "
+        "and scored with special, first and sink tokens too; penal.: κ."
     )
     if any(fit.at_edge for fit in fits):
         notes += " *: an end of the grid."
@@ -115,7 +115,8 @@ def show_efficiencies(results: list[Efficiency]) -> None:
             table.add_row(str(rank), *(_with_error(point.efficiency) if point else "-" for point in found_points))
         console().print(table)
     notes = (
-        "± is a 95 % interval over training and test documents. At full rank what is missing from 1 is mostly estimation, not the model."
+        "± is a 95 % interval over training and test documents. What is missing from 1 at full rank is estimation (too little text, "
+        "shrinkage, another whitening of test documents), not a property of the model."
     )
     console().print(notes, style="dim", highlight=False)
 
@@ -127,18 +128,15 @@ def _half(interval: Interval) -> str:
 
 def show_paper_efficiencies(results: list[PaperEfficiency]) -> None:
     """Table of efficiencies by the paper's protocol."""
-    table = _table("Efficiency as in the paper", ("pair", "α", "dim_lin", "mean η", "η at ranks"))
-    for result in results:
-        shown = [(rank, value) for rank, value in zip(result.ranks, result.efficiency, strict=True)]
-        few = [*shown[: -1 : max(1, len(shown) // 3)], shown[-1]]
-        table.add_row(
-            f"{result.pair[0]} → {result.pair[1]}",
-            f"{result.alpha:g}",
-            f"{result.dim_lin:.0f}",
-            f"{result.mean_efficiency:.2f}",
-            "  ".join(f"{rank}: {value:.2f}" for rank, value in few),
-        )
-    console().print(table)
+    for first in range(0, len(results), 5):
+        some = results[first : first + 5]
+        table = _table("η(r) as in the paper", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        for number, rank in enumerate(some[0].ranks):
+            table.add_row(str(rank), *(f"{one.efficiency[number]:.2f}" for one in some))
+        table.add_row("mean", *(f"{one.mean_efficiency:.2f}" for one in some), style="bold")
+        table.add_row("dim_lin", *(f"{one.dim_lin:.0f}" for one in some))
+        table.add_row("α", *(f"{one.alpha:g}" for one in some))
+        console().print(table)
 
 
 def show_scalings(results: list[Scaling], metric: str) -> None:
