@@ -21,7 +21,7 @@ import torch
 
 from nnato.errors import ModelError, RemoteError
 from nnato.nnsight_setup import NnsightRemoteError, RemoteBackend, TransformersModel
-from nnato.remote import explain
+from nnato.remote import explain, in_words
 
 __all__ = ["DryRunServer"]
 
@@ -160,7 +160,7 @@ class DryRunServer:
         class DryRunBackend(RemoteBackend):  # type: ignore[misc]
             def request(self, request: Any, tracer: Any) -> Any:
                 data = server._ask(self._serialize(tracer), {"compress": self.compress, "env": self.env}, _failed)
-                server.say(f"dry run: {server.sent / 1e6:.2f} MB sent, {server.received / 1e6:.2f} MB came back")
+                server.say(f"dry run: {in_words(server.sent)} sent, {in_words(server.received)} came back")
                 self.saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 return self.saved
 

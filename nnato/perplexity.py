@@ -19,7 +19,7 @@ from nnato.losses import Item, Run, measure_all
 from nnato.models import ModelInfo, describe
 from nnato.nnsight_setup import save
 from nnato.operators import TransportOperator
-from nnato.remote import Server, run_job
+from nnato.remote import Server, in_words, run_job
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
 
@@ -182,7 +182,7 @@ def ablate(
     items = [_item(blocks, row, number, spec.order(corpus.context, seed, number)) for number, row in enumerate(rows.tolist())]
     if server is not None:
         size = sum(8 * operator.weight.numel() for operator in operators) + 9 * len(rows) * corpus.context
-        server.say(f"{len(items)} sequences in {-(-len(items) // per_job)} jobs: about {size / 1e6:.1f} MB to send with each, numbers back")
+        server.say(f"{len(items)} sequences in {-(-len(items) // per_job)} jobs: about {in_words(size)} to send with each, numbers back")
     measured: list[dict[str, Any]] = []
     while len(measured) < len(items):
         if progress is not None:

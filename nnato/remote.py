@@ -97,7 +97,7 @@ class NdifServer:
             response = httpx.get(f"{self.host}/env", timeout=httpx.Timeout(10.0, read=60.0))
             response.raise_for_status()
             theirs = response.json()
-            packages = {name: str(theirs["packages"].get(name)) for name in CRITICAL}
+            packages = {name: _public(theirs["packages"].get(name)) for name in CRITICAL}
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 404:
                 return ()  # an older server, which does not tell
@@ -107,7 +107,8 @@ class NdifServer:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RemoteError(f"{self.host} does not answer as an NDIF server does: check the host") from None
         mine = get_local_env()["packages"]
-        other = tuple(f"{name} {mine.get(name)} here, {version} there" for name, version in packages.items() if mine.get(name) != version)
+        pairs = [(name, _public(mine.get(name)), version) for name, version in packages.items()]
+        other = tuple(f"{name} {here} here, {there} there" for name, here, there in pairs if here != there)
         if other:
             self.say(f"warning: versions differ from {self.host}: {'; '.join(other)}; results may differ in their last digits")
         return other
@@ -146,7 +147,7 @@ class Job(RemoteBackend):  # type: ignore[misc]
             self.submit(tracer)
         except ERRORS as error:
             raise explain(error, self.host) from None
-        self.server.say(f"job {self.job_id}: sent, {self.server.sent / 1e6:.1f} MB")
+        self.server.say(f"job {self.job_id}: sent, {in_words(self.server.sent)}")
 
     def _serialize(self, tracer: Any) -> bytes:
         blob: bytes = super()._serialize(tracer)
@@ -294,6 +295,16 @@ def explain(error: BaseException, host: str, job: str | None = None) -> RemoteEr
         if any(word in text.lower() for word in words):
             return RemoteError(f"{name}{remedy} ({first_line(error)})", job=job, transient=transient)
     return RemoteError(f"{name}the server failed ({first_line(error)})", job=job)
+
+
+def _public(version: object) -> str:
+    """A version without what a build adds to it (2.13.0+cpu)."""
+    return str(version).partition("+")[0]
+
+
+def in_words(size: float) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 def _loopback(name: str) -> bool:

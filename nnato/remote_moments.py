@@ -14,7 +14,7 @@ from nnato.errors import MomentsError, RemoteError, first_line
 from nnato.moments import Moments, unpack
 from nnato.nnsight_setup import save
 from nnato.reduction import TokenClasses, collect, located
-from nnato.remote import Server, run_job
+from nnato.remote import Server, in_words, run_job
 from nnato.statistics import NonFinite
 from nnato.transport_moments import TransportMoments
 
@@ -50,7 +50,7 @@ class RemoteMoments:
         answer = 8 * self.moments.d_model**2 * ((1 + self.keep_excluded) * (pairs + own / 2) + pairs)
         # An id and a document number of 8 bytes, a mask and a class of one; compressed on the way.
         self.server.say(
-            f"{tokens:,} tokens in {jobs} jobs: at most {18 * tokens / 1e6:.1f} MB to send in all, {answer / 1e6:.1f} MB back from each job"
+            f"{tokens:,} tokens in {jobs} jobs: at most {in_words(18 * tokens)} to send in all, {in_words(answer)} back from each job"
         )
 
     def about(self) -> dict[str, Any]:
