@@ -17,7 +17,6 @@ from nnato.errors import ActivationError, OperatorError, PositionError, SiteErro
 from nnato.models import describe, wrap
 from nnato.operators import TransportOperator, random_rotation
 from nnato.perplexity import ablate
-from nnato.positions import Positions, pick
 from nnato.sites import ResidualSite
 
 
@@ -266,56 +265,6 @@ def test_interventions_are_maps(model):
     torch.testing.assert_close(intervention("null_input", operator)[1](x), operator(torch.zeros_like(x)))
     assert not bool(intervention("zero", operator)[1](x).any())
     assert intervention("transport", operator)[1] is operator
-
-
-# ---- positions ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        (5, Positions(count=5)),
-        ("5", Positions(count=5)),
-        ("7, 3", Positions(explicit=(3, 7))),
-        ("9,", Positions(explicit=(9,))),
-        ("all", Positions()),
-    ],
-)
-def test_positions_parse_and_print(text, want):
-    assert Positions.parse(text) == want
-    assert Positions.parse(str(want)) == want
-    assert Positions.parse(want) is want
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "3,x", ","])
-def test_bad_positions_are_refused(text):
-    with pytest.raises(PositionError, match="give a number to draw"):
-        Positions.parse(text)
-
-
-def test_positions_that_no_sequence_has_are_refused():
-    Positions(count=30).check(32)
-    with pytest.raises(PositionError, match="31 positions were asked for, but of 32 tokens at most 30 can be edited"):
-        Positions(count=31).check(32)
-    with pytest.raises(PositionError, match="position 31 lies outside"):
-        Positions(explicit=(3, 31)).check(32)
-
-
-def test_positions_keep_to_ordinary_tokens():
-    ordinary = [False, True, False, True, True, True]
-
-    def choose(positions, sequence):
-        return pick(positions.order(6, 0, sequence), positions.count, ordinary, sequence)
-
-    assert choose(Positions(), 0) == [1, 3, 4]  # the last token has no successor
-    assert choose(Positions(explicit=(2, 3)), 0) == [3]
-    with pytest.raises(PositionError, match="sequence 7 has 0 ordinary tokens to edit at the given positions, not 1"):
-        choose(Positions(explicit=(2,)), 7)
-    drawn = {tuple(choose(Positions(count=2), sequence)) for sequence in range(50)}
-    assert drawn == {(1, 3), (1, 4), (3, 4)}
-    assert "3 random" in Positions(count=3).describe()
-    assert Positions(explicit=(2, 3)).describe() == "positions 2, 3"
-    assert Positions().describe() == "all ordinary positions"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
