@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from nnato.accumulation import Accumulated, accumulate, load_moments
     from nnato.cca import CanonicalCorrelations, canonical_correlations
     from nnato.corpus import Corpus
+    from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
     from nnato.moments import Moments
     from nnato.operators import TransportOperator
-    from nnato.perplexity import AblationResult, ablate
+    from nnato.perplexity import ablate
     from nnato.remote import NdifServer
     from nnato.scaling import Scaling, scaling_study
     from nnato.selection import Method
@@ -31,7 +32,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ATOTrace": "trace",
-    "AblationResult": "perplexity",
+    "AblationResult": "effects",
     "Accumulated": "accumulation",
     "CanonicalCorrelations": "cca",
     "Corpus": "corpus",

@@ -189,12 +189,7 @@ class _Bench:
         maps = baselines(pair, train.x_mean, train.y_mean)
         maps["identity_scaled"] = scaled_identity(pair, train)
         maps["random_orthogonal"] = random_rotation(pair, train.x_mean, train.y_mean)
-        shuffled = self.accumulated.moments.shuffled
-        if shuffled.n:
-            null = train.with_cross(shuffled.scatter_of(*pair) * (train.n / shuffled.n))
-            maps["shuffled"] = _operator(train, pair, plain.solve(null, validation).weight)
-        maps["shrunk_to_identity"] = _operator(train, pair, back.solve(train, validation).weight)
-        return maps
+        return maps | fitted_baselines(pair, train, validation, self.accumulated.moments.shuffled, plain, back)
 
     def _score(
         self, pair: Pair, maps: dict[str, TransportOperator], solution: Solution, train: Regression, tests: Sequence[Regression]
@@ -273,6 +268,27 @@ class _Bench:
     def _test_folds(self, pairs: list[Pair]) -> list[Moments]:
         whole = self._read("test", pairs)
         return [whole] if self.tokens == "all" else self._folds("test", pairs)
+
+
+def fitted_baselines(
+    pair: Pair, train: Regression, validation: Regression, shuffled: Moments, plain: Solver, back: Solver
+) -> dict[str, TransportOperator]:
+    """Baselines that are fitted: `shuffled`, where there are shuffled pairs, and `shrunk_to_identity`.
+
+    Args:
+        pair: (source, target).
+        train: Training rows.
+        validation: Rows that choose the penalties.
+        shuffled: Moments of shuffled pairs.
+        plain: Solves for the first.
+        back: For the second.
+    """
+    maps = {}
+    if shuffled.n:
+        null = train.with_cross(shuffled.scatter_of(*pair) * (train.n / shuffled.n))
+        maps["shuffled"] = _operator(train, pair, plain.solve(null, validation).weight)
+    maps["shrunk_to_identity"] = _operator(train, pair, back.solve(train, validation).weight)
+    return maps
 
 
 def _operator(train: Regression, pair: Pair, weight: torch.Tensor) -> TransportOperator:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.blocks import find_blocks
-from nnato.edits import pick
-from nnato.reduction import classify
+from nnato.positions import pick
+from nnato.reduction import capture, classify
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace, save
 
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 3 << 29
 """Logits of edited rows held at once; decides how many interventions share a forward pass."""
 
-Maps = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
-Run = tuple[ResidualSite, ResidualSite, Maps]
-"""Source, target, and maps of the source residual by intervention."""
-Item = tuple[int, torch.Tensor, torch.Tensor, Sequence[int]]
-"""A sequence: its number, ids and special tokens, (1, positions) each, and the positions that may be edited, in the order to take them."""
+Way = tuple[str, Callable[[torch.Tensor], torch.Tensor] | None, torch.Tensor | None, torch.Tensor | None]
+"""How a residual is made anew: a kind (see `replaced`), a map of the source residual, and two factors of a projector or a vector."""
+Step = tuple[ResidualSite, ResidualSite, Mapping[str, Way]]
+"""Source, target, and ways by intervention."""
+Run = Sequence[Step]
+"""Steps of one pass, by ascending target; all have the same interventions."""
+Set = tuple[Sequence[int], int | None, float | None, bool]
+"""Positions in the order to take them, how many, the activity they must exceed, and whether there may be none."""
+Item = tuple[int, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, Sequence[Set]]
+"""A sequence: its number, ids and special tokens, (1, positions) each; the same of a sequence of another document, if it is needed; and
+the sets of positions to edit."""
 
 
 def measure_all(
@@ -36,8 +42,8 @@ def measure_all(
     items: Sequence[Item],
     sites: Sequence[ResidualSite],
     medians: torch.Tensor,
-    count: int | None,
     runs: Sequence[Run],
+    features: torch.Tensor | None,
 ) -> dict[str, Any]:
     """`measure` for several sequences.
 
@@ -47,62 +53,67 @@ def measure_all(
         items: The sequences.
         sites: As in `measure`, like all that follow.
         medians: See there.
-        count: See there.
         runs: See there.
+        features: See there.
     """
-    measured = [measure(model, number, ids, special, sites, medians, order, count, runs) for number, ids, special, order in items]
-    return {"label": label, "measured": measured}
+    return {"label": label, "measured": [measure(model, item, sites, medians, runs, features) for item in items]}
 
 
 def measure(
     model: TransformersModel,
-    number: int,
-    ids: torch.Tensor,
-    special: torch.Tensor,
+    item: Item,
     sites: Sequence[ResidualSite],
     medians: torch.Tensor,
-    order: Sequence[int],
-    count: int | None,
     runs: Sequence[Run],
+    features: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """Losses of one sequence, as it is and under edits of several pairs.
+    """Losses of one sequence, as it is and under edits.
 
     Args:
         model: The model.
-        number: Of the sequence, for messages.
-        ids: int64 (1, positions).
-        special: bool (1, positions), true for special tokens.
+        item: The sequence.
         sites: Sites that decide which tokens are sinks, sources and targets of the runs among them.
         medians: Their median norms, float64 (sites,).
-        order: Positions that may be edited, in the order to take them.
-        count: How many of them; None for all.
-        runs: The pairs.
+        runs: What to replace.
+        features: Directions, float64 (directions, d_model), of whose largest projection at the first target activity is.
 
     Returns:
-        A dictionary: `losses`, float64 (positions - 1,), in nats, unedited; `edited`, the edited positions, sorted; `changes`, float64
-        (runs, interventions, 4): mean Δ over all predictions, from the first edit on, and at the edits, and mean KL(clean ‖ edited) from
-        the first edit on.
+        A dictionary: `losses`, float64 (positions - 1,), in nats, unedited; `edited`, for each set the edited positions, sorted; `counts`,
+        float64 (sets, bins), positions from the first edit on by their distance from the last edit before them (0, 1, 2-3, 4-7, 8-15, …);
+        `sums`, float64 (sets, runs, interventions, bins, 3): sums over those positions of Δ, of KL(clean ‖ edited), and of whether the
+        most likely next token stays the same.
 
     Raises:
         PositionError: Too few of the positions are ordinary.
     """
+    number, ids, special, other, sets = item
     with ATOTrace(model, input_ids=ids, use_cache=False) as t:
         residuals = save(torch.stack([t.residual(site) for site in sites]))
         logits = save(t.logits)
-    ordinary = classify(residuals, torch.ones_like(special), special, medians)[0]
-    edited = pick(order, count, ordinary[0].tolist(), number)
-    place = {int(site): residuals[number] for number, site in enumerate(sites)}
+    ordinary = classify(residuals, torch.ones_like(special), special, medians)[0][0].tolist()
+    place = {int(site): residuals[at, 0] for at, site in enumerate(sites)}
+    donors = {} if other is None else _donors(model, other, sites, medians)
     # A server may run all this under autocast: switch it off for the mathematics, never around a read.
     with torch.autocast(device_type=logits.device.type, enabled=False):
         clean = logits[0, :-1].float()
         targets = ids[0, 1:].to(clean.device)
         losses = token_losses(clean, targets)[0].double()
+        active = None if features is None else activity(place[int(runs[0][0][1])], features)
     last = find_blocks(model._module)[1] - 1
-    changes = [
-        _changes(model, ids, target, target == last, place[int(source)], place[int(target)], maps, edited, clean, targets, losses)
-        for source, target, maps in runs
-    ]
-    return {"losses": losses.cpu(), "edited": edited, "changes": torch.stack(changes).cpu()}
+    edited: list[list[int]] = []
+    counts: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []
+    for order, count, above, may_be_absent in sets:
+        allowed = ordinary
+        if above is not None and active is not None:
+            allowed = [fine and strength > above for fine, strength in zip(ordinary, active, strict=True)]
+        at = pick(order, count, allowed, number, may_be_absent)
+        edited.append(at)
+        counts.append(torch.bincount(distance_bins(at, len(losses)), minlength=bins_of(len(losses))).double())
+        others = mates(at, ordinary)
+        found = [_sums(model, ids, run, run[0][1] == last, place, donors, at, others, clean, targets, losses) for run in runs]
+        sums.append(torch.stack(found))
+    return {"losses": losses.cpu(), "edited": edited, "counts": torch.stack(counts), "sums": torch.stack(sums)}
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,57 +130,171 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     return normaliser - logits.gather(-1, targets[:, None])[:, 0], normaliser
 
 
-def _changes(
+def bins_of(predictions: int) -> int:
+    """How many bins of distance a sequence of so many predictions has."""
+    return max(predictions - 1, 0).bit_length() + 1
+
+
+def distance_bins(edited: Sequence[int], predictions: int) -> torch.Tensor:
+    """Bins (0, 1, 2-3, 4-7, …) of the positions from the first edited one on, by distance from the last edit before them; int64."""
+    if not edited:
+        return torch.zeros(0, dtype=torch.int64)
+    latest, bins = edited[0], []
+    for position in range(edited[0], predictions):
+        latest = position if position in edited else latest
+        bins.append((position - latest).bit_length())
+    return torch.tensor(bins)
+
+
+def mates(edited: Sequence[int], ordinary: Sequence[bool]) -> list[int]:
+    """For each edited position another ordinary one: half way on among the ordinary ones, and round the end."""
+    places = [position for position, fine in enumerate(ordinary) if fine]
+    return [places[(places.index(position) + len(places) // 2) % len(places)] for position in edited]
+
+
+def activity(residual: torch.Tensor, features: torch.Tensor) -> list[float]:
+    """The largest projection of residuals, float (positions, d_model), on directions, float64 (directions, d_model)."""
+    strongest: list[float] = (residual.double() @ features.to(residual.device).T).amax(-1).tolist()
+    return strongest
+
+
+def _donors(
+    model: TransformersModel, other: tuple[torch.Tensor, torch.Tensor], sites: Sequence[ResidualSite], medians: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """Residuals of another sequence by site, (positions, d_model): at each position those of the nearest ordinary token."""
+    ids, special = other
+    residuals = capture(model, ids, sites)
+    ordinary = classify(residuals, torch.ones_like(special), special, medians)[0][0].tolist()
+    places = [position for position, fine in enumerate(ordinary) if fine] or list(range(len(ordinary)))
+    nearest = [min(places, key=lambda place: abs(place - position)) for position in range(len(ordinary))]
+    return {int(site): residuals[at, 0, nearest] for at, site in enumerate(sites)}
+
+
+def replaced(way: Way, x: torch.Tensor, y: torch.Tensor, at: list[int], others: list[int], donor: torch.Tensor | None) -> torch.Tensor:
+    """New residuals for some positions of a sequence.
+
+    Args:
+        way: Its kind is `map` (the map of x), `resample` (the donor), `moved_error` (y plus the map's error at another token), `add` (y and
+            a vector), `within` or `outside` (the map's prediction within or outside a subspace, y elsewhere).
+        x: At the source, float (positions, d_model).
+        y: At the target.
+        at: The positions.
+        others: Another position for each.
+        donor: As y, of another sequence.
+
+    Returns:
+        Float (edited positions, d_model).
+    """
+    kind, predict, left, right = way
+    if kind == "map" and predict is not None:
+        return predict(x[at])
+    if kind == "resample" and donor is not None:
+        return donor[at]
+    here = y[at].double()
+    if kind == "add" and right is not None:
+        return here + right.to(here.device)
+    if kind == "moved_error" and predict is not None:
+        return here + predict(x[others]).double() - y[others].double()
+    if predict is None or left is None or right is None:
+        raise ValueError(f"a way of kind {kind!r} lacks what it needs")
+    change = predict(x[at]).double() - here
+    within = change @ left.to(here.device) @ right.to(here.device)
+    return here + (within if kind == "within" else change - within)
+
+
+def _sums(
     model: TransformersModel,
     ids: torch.Tensor,
-    target: ResidualSite,
+    run: Run,
     last: bool,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    maps: Maps,
+    place: Mapping[int, torch.Tensor],
+    donors: Mapping[int, torch.Tensor],
     edited: list[int],
+    others: list[int],
     clean: torch.Tensor,
     targets: torch.Tensor,
     losses: torch.Tensor,
 ) -> torch.Tensor:
-    """Changes of one run, float64 (interventions, 4); x and y are (1, positions, d_model)."""
-    length = ids.shape[1]
+    """Sums of one run, float64 (interventions, bins, 3), as `measure` gives them."""
+    source, target, ways = run[0]
+    names, predictions = list(ways), len(losses)
+    sums = torch.zeros(len(names), bins_of(predictions), 3, dtype=torch.float64)
+    if not edited:
+        return sums
+    bins = distance_bins(edited, predictions)
     # Behind the last block no position sees another one, so only the edited ones can change.
-    affected = torch.tensor(edited if last else list(range(edited[0], length - 1)), device=clean.device)
-    at = torch.tensor([position in edited for position in affected.tolist()])
-    behind = length - 1 - edited[0]
-    names = list(maps)
+    affected = torch.tensor(edited if last else list(range(edited[0], predictions)), device=clean.device)
+    if last:
+        sums[:, 1:, 2] = torch.bincount(bins, minlength=sums.shape[1])[1:].double()
+        bins = bins[bins == 0]
     rows = max(1, LOGIT_BYTES // (4 * len(affected) * clean.shape[-1]))
-    changes = torch.zeros(len(names), 4, dtype=torch.float64)
+    x, y = place[int(source)], place[int(target)]
     with torch.autocast(device_type=clean.device.type, enabled=False):
-        _, normaliser = token_losses(clean[affected], targets[affected])
-        probability = torch.exp(clean[affected] - normaliser[:, None])
-        negentropy = (probability * clean[affected]).sum(-1) - normaliser
-        replacements = [maps[name](x[0, edited]) for name in names]
+        before = clean[affected]
+        _, normaliser = token_losses(before, targets[affected])
+        probability = torch.exp(before - normaliser[:, None])
+        expected = (probability * before).sum(-1)
+        likeliest = before.argmax(-1)
+        replacements = [replaced(ways[name], x, y, edited, others, donors.get(int(target))) for name in names]
     for first in range(0, len(names), rows):
         some = names[first : first + rows]
         values = y.repeat(len(some), 1, 1)
         for row in range(len(some)):
             values[row, edited] = replacements[first + row].to(values)
-        got = _resumed_logits(model, ids.expand(len(some), -1), target, values, affected)
+        got = _resumed_logits(model, ids.expand(len(some), -1), run, some, values, place, donors, edited, others, affected)
         with torch.autocast(device_type=clean.device.type, enabled=False):
             for row in range(len(some)):
                 logits = got[row].float()
                 edited_losses, edited_normaliser = token_losses(logits, targets[affected])
-                delta = (edited_losses.double() - losses[affected]).cpu()
-                kl = negentropy - (probability * logits).sum(-1) + edited_normaliser
-                changes[first + row, 0] = delta.sum() / (length - 1)
-                changes[first + row, 1] = delta.sum() / behind
-                changes[first + row, 2] = delta[at].mean()
-                changes[first + row, 3] = kl.double().sum().cpu() / behind
-    return changes
+                delta = edited_losses.double() - losses[affected]
+                # In this order it is exactly zero where nothing changed.
+                kl = (expected - (probability * logits).sum(-1)) + (edited_normaliser - normaliser)
+                columns = torch.stack([delta, kl.double(), (logits.argmax(-1) == likeliest).double()], dim=1)
+                sums[first + row].index_add_(0, bins, columns.cpu())
+    return sums
 
 
 def _resumed_logits(
-    model: TransformersModel, ids: torch.Tensor, site: ResidualSite, residuals: torch.Tensor, keep: torch.Tensor
+    model: TransformersModel,
+    ids: torch.Tensor,
+    run: Run,
+    names: Sequence[str],
+    residuals: torch.Tensor,
+    place: Mapping[int, torch.Tensor],
+    donors: Mapping[int, torch.Tensor],
+    edited: list[int],
+    others: list[int],
+    keep: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits at some positions when the residual at a site is given; the blocks up to it do not run."""
+    """Logits at some positions when the residual at the first target is given; the blocks up to it do not run.
+
+    Later steps of the run replace residuals of this pass. What they read before the first target is as without edits.
+    """
     with ATOTrace(model, input_ids=ids, use_cache=False, logits_to_keep=keep) as t:
-        t.resume(site, residuals)
+        t.resume(run[0][1], residuals)
+        for source, target, ways in run[1:]:
+            x = t.residual(source) if source >= run[0][1] else place[int(source)].expand(len(names), -1, -1)
+            _step(t, target, x, [ways[name] for name in names], donors.get(int(target)), edited, others)
         logits: torch.Tensor = save(t.logits)
     return logits
+
+
+def _step(
+    t: ATOTrace,
+    target: ResidualSite,
+    x: torch.Tensor,
+    ways: Sequence[Way],
+    donor: torch.Tensor | None,
+    edited: list[int],
+    others: list[int],
+) -> None:
+    """Replace residuals of a running pass, in a way of its own in each row; x and the target residual are (rows, positions, d_model)."""
+
+    def new(y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device_type=y.device.type, enabled=False):
+            seen, values = x[:], y.clone()  # x[:] waits, if x is yet to be read
+            for row, way in enumerate(ways):
+                values[row, edited] = replaced(way, seen[row], y[row], edited, others, donor).to(values)
+        return values
+
+    t.patch(target, new)

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nnato.cca import participation_ratio
+from nnato.effects import AblationResult
 from nnato.efficiency import Efficiency, PaperEfficiency
 from nnato.fitting import Fit
 from nnato.intervals import Interval
-from nnato.perplexity import AblationResult
 from nnato.scaling import Scaling
 
 if TYPE_CHECKING:

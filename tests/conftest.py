@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -187,6 +188,22 @@ def make_operator(source, target):
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,))]
     return TransportOperator(ResidualSite.parse(source), ResidualSite.parse(target), *tensors, details={"secret": "stays here"})
+
+
+def supply(*pairs, seed=7):
+    """Everything that some intervention needs at random: (keyword arguments of ablate, tensors for a reference at the last pair)."""
+    generator = torch.Generator().manual_seed(seed)
+    features, vector, left, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, WIDTH), (WIDTH,), (WIDTH, 3), (3, WIDTH))
+    )
+    controls, subspaces = [], {}
+    for pair in pairs:
+        for number, name in enumerate(("shuffled", "shrunk_to_identity", "rank_2"), 3):
+            operator = make_operator(*map(ResidualSite, pair))
+            controls.append(dataclasses.replace(operator, weight=operator.weight / number, name=name))
+        subspaces[controls[-1].pair] = (left, right)
+    given = {"features": features, "steering": vector, "subspaces": subspaces, "controls": controls}
+    return given, {"vector": vector, "projector": left @ right, "D": features, **{one.name: one for one in controls}}
 
 
 def put(positions, value):

@@ -8,7 +8,7 @@ import nnsight
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, make_tokenizer, put
+from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, make_tokenizer, put, supply
 
 from nnato.accumulation import accumulate, load_moments
 from nnato.cli import main
@@ -205,7 +205,8 @@ def test_whole_runs_equal_those_here(on_ndif, text, tmp_path):
     assert " tokens in 5 jobs: " in said[1]
     assert server.received < 3 * 3 * (WIDTH + 1) ** 2 * 8 + 1e6
     operators = [result.operator for result in fit(local)]
-    arguments = {"positions": 3, "interventions": tuple(INTERVENTIONS), "sequences": 5}
+    arguments = {"positions": 3, "interventions": (*INTERVENTIONS, "rank_2"), "sequences": 5}
+    arguments |= supply(*(operator.pair for operator in operators))[0]
     results = ablate(model, operators, corpus, server=server, per_job=3, **arguments)
     for result, want in zip(results, ablate(here, operators, corpus, **arguments), strict=True):
         assert result.to_json() == want.to_json()

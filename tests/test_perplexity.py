@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS, WIDTH, hook_residuals, make_module
+from conftest import BLOCKS, WIDTH, hook_residuals, make_module, supply
+from scipy.stats import binom
 
-from nnato import losses, perplexity
-from nnato.edits import INTERVENTIONS, Positions, intervention, pick
+from nnato import losses
+from nnato.edits import INTERVENTIONS, EditRecord, intervention
+from nnato.effects import Bootstrap, Measured, effects_of, sign_test
 from nnato.errors import ActivationError, OperatorError, PositionError, SiteError, TextError
 from nnato.models import describe, wrap
-from nnato.operators import TransportOperator
-from nnato.perplexity import Bootstrap, ablate
+from nnato.operators import TransportOperator, random_rotation
+from nnato.perplexity import ablate
 from nnato.sites import ResidualSite
 
 
@@ -22,61 +26,120 @@ def make_operator(source, target, seed=0, details=None):
     return TransportOperator(ResidualSite(source), ResidualSite(target), weight / 4, x, y, details=details or {})
 
 
-def reference(model, ids, operator, edited, name):
-    """Losses, and KL of the next-token distributions, under an edit by forward hooks, in float64."""
+def rotation(seed):
+    """As `operators.random_rotation` draws it."""
+    return random_rotation((ResidualSite(0), ResidualSite(1)), torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double(), seed).weight
+
+
+def hook_edit(operator, name, edited, seed, extra, donor, first=None):
+    """An edit for `hook_residuals`, in float64; positions 1 to the last are ordinary."""
     x_mean, y_mean = operator.source_mean, operator.target_mean
 
+    def affine(x, op=operator):
+        return x @ op.weight + (op.target_mean - op.source_mean @ op.weight)
+
     def edit(value, seen):
-        x = seen[operator.source.key][0].double()
-        replacement = {
-            "transport": lambda: x @ operator.weight + (y_mean - x_mean @ operator.weight),
-            "identity": lambda: x,
-            "identity_shift": lambda: x + y_mean - x_mean,
-            "mean": lambda: y_mean.expand_as(x),
-            "zero": lambda: torch.zeros_like(x),
-            "null_input": lambda: (y_mean - x_mean @ operator.weight).expand_as(x),
-        }[name]()
+        x, y = seen[operator.source.key][0].double(), value[0].double()
+        ordinary = list(range(1, len(x)))
+        others = [ordinary[(ordinary.index(p) + len(ordinary) // 2) % len(ordinary)] for p in edited]
+        new = y.clone()
+        if name == "moved_error":
+            new[edited] = y[edited] + affine(x[others]) - y[others]
+        else:
+            error, turn = affine(x) - y, rotation(seed)
+            projector = extra["projector"]
+            by_gram = extra["D"].T @ torch.linalg.inv(extra["D"] @ extra["D"].T) @ extra["D"]
+            new[edited] = {
+                "transport": lambda: affine(x),
+                "identity": lambda: x,
+                "identity_shift": lambda: x + y_mean - x_mean,
+                "mean": lambda: y_mean.expand_as(x),
+                "zero": lambda: torch.zeros_like(x),
+                "null_input": lambda: (y_mean - x_mean @ operator.weight).expand_as(x),
+                "resample": lambda: torch.cat([donor[operator.target.key][0, 1:2], donor[operator.target.key][0, 1:]]).double(),
+                "random_orthogonal": lambda: y_mean + (x - x_mean) @ turn,
+                "rotated": lambda: y_mean + (affine(x) - y_mean) @ turn,
+                "features": lambda: y + error @ by_gram,
+                "steer": lambda: y + extra["vector"],
+                "lts": lambda: y + error @ projector,
+                "lts_complement": lambda: y + error @ (torch.eye(WIDTH) - projector),
+                **{one: (lambda one=one: affine(x, extra[one])) for one in ("shuffled", "shrunk_to_identity", "rank_2")},
+            }[name]()[edited]
         value = value.clone()
-        value[0, edited] = replacement[edited].float()
+        value[0] = new.float()
         return value
 
+    return edit
+
+
+def reference(model, ids, edits):
+    """Losses, log-probabilities, and KL of the next-token distributions, under edits by forward hooks, in float64."""
     results = []
-    for edits in ({}, {int(operator.target): edit}):
-        _, logits = hook_residuals(model._module, ids, edits.items())
+    for some in ({}, edits):
+        _, logits = hook_residuals(model._module, ids, some.items())
         logp = torch.log_softmax(logits[0, :-1].double(), -1)
         results.append((logp, -logp[torch.arange(len(logp)), ids[0, 1:]]))
     (clean_logp, clean), (edit_logp, edit_loss) = results
     kl = (clean_logp.exp() * (clean_logp - edit_logp)).sum(-1)
-    return clean, edit_loss, kl
+    return clean, edit_loss, kl, (clean_logp.argmax(-1) == edit_logp.argmax(-1)).double()
+
+
+def other_document(blocks, rows, number):
+    """The next sequence of another document, round the end."""
+    documents = dict(zip(rows.tolist(), blocks.index[rows, 3].tolist(), strict=True))
+    return next(row for row in [*rows[number:].tolist(), *rows.tolist()] if documents[row] != documents[rows[number]])
+
+
+NAMES = (*INTERVENTIONS, "rank_2")
 
 
 @pytest.mark.parametrize("pair", [(0, 2), (-1, 1), (1, BLOCKS - 1)])
 def test_effects_equal_a_hook_based_reference(any_model, corpus, pair):
     operator = make_operator(*pair)
-    result = ablate(any_model, [operator], corpus, positions=3, interventions=tuple(INTERVENTIONS), sequences=6, seed=4)[0]
+    given, extra = supply(pair)
+    result = ablate(any_model, [operator], corpus, positions=3, interventions=NAMES, sequences=3, seed=4, **given)[0]
     blocks = corpus.tokenize(any_model.tokenizer)
-    rows = blocks.full_blocks("test", 6)
+    rows = blocks.full_blocks("test", 3)
     losses = []
-    want = {name: [] for name in INTERVENTIONS}
-    for row, edited in zip(rows, result.edited, strict=True):
+    want = {name: [] for name in NAMES}
+    by_distance = {name: {} for name in NAMES}
+    for number, (row, edited) in enumerate(zip(rows, result.edited, strict=True)):
         ids = blocks.batch([row]).ids
-        for name in INTERVENTIONS:
-            clean, edit, kl = reference(any_model, ids, operator, edited, name)
+        donor, _ = hook_residuals(any_model._module, blocks.batch([other_document(blocks, rows, number)]).ids)
+        for name in NAMES:
+            edits = {int(operator.target): hook_edit(operator, name, edited, 4, extra, donor)}
+            clean, edit, kl, same = reference(any_model, ids, edits)
             assert torch.equal(edit[: edited[0]], clean[: edited[0]])  # nothing changes before the first edit
             delta = edit - clean
-            want[name].append((delta[edited[0] :].mean(), delta[edited].mean(), kl[edited[0] :].mean(), delta.mean()))
+            after = [p for p in range(edited[0], 31) if p not in edited]
+            means = [delta[edited[0] :].mean(), delta[edited].mean(), kl[edited[0] :].mean(), delta.mean()]
+            want[name].append([*means, kl[edited].mean(), kl[after].mean(), same[edited[0] :].mean(), same[edited].mean()])
+            for p in range(edited[0], 31):
+                distance = p - max(e for e in edited if e <= p)
+                found = by_distance[name].setdefault(0 if distance == 0 else 1 + int(np.log2(distance)), [])
+                found.append((delta[p], kl[p], same[p]))
         losses.append(clean.mean())
     assert result.log_perplexity == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     for name, effect in result.effects.items():
         expected = np.array(want[name])
         np.testing.assert_allclose(effect.per_sequence, expected[:, :3], atol=2e-5)
-        assert effect.delta_loss.value == pytest.approx(expected[:, 0].mean(), abs=2e-5)
-        assert effect.delta_loss_at_edit.value == pytest.approx(expected[:, 1].mean(), abs=2e-5)
-        assert effect.kl == pytest.approx(expected[:, 2].mean(), abs=2e-5)
+        intervals = [effect.delta_loss, effect.delta_loss_at_edit, effect.kl_interval, effect.delta_loss_diluted, effect.kl_at_edit]
+        intervals += [effect.kl_after, effect.agreement, effect.agreement_at_edit]
+        np.testing.assert_allclose([one.value for one in intervals], expected.mean(0), atol=2e-5)
         assert effect.log_perplexity == pytest.approx(result.log_perplexity + expected[:, 3].mean(), abs=2e-5)
-        mean = np.array(want["mean"])[:, 0].mean()
-        if not np.isnan(effect.loss_recovered_mean):
-            assert effect.loss_recovered_mean == pytest.approx((mean - expected[:, 0].mean()) / mean, abs=1e-3)
+        assert [(one.first, one.last) for one in effect.by_distance][:4] == [(0, 0), (1, 1), (2, 3), (4, 7)]
+        for place, one in enumerate(effect.by_distance):
+            values = np.array(by_distance[name][place])
+            assert one.positions == len(values)
+            np.testing.assert_allclose([one.delta_loss.value, one.kl.value, one.agreement.value], values.mean(0), atol=2e-5)
+        for against in ("mean", "zero", "resample"):
+            base = np.array(want[against])[:, 0].mean()
+            if not np.isnan(effect.loss_recovered[against].value):
+                assert effect.loss_recovered[against].value == pytest.approx((base - expected[:, 0].mean()) / base, abs=1e-3)
+        zero, clean_loss = np.array(want["zero"])[:, 3].mean(), result.log_perplexity
+        if not np.isnan(effect.ce_loss_score.value):  # sae_lens: (ablation - edited) / (ablation - unedited), zero ablation, all tokens
+            score = (clean_loss + zero - effect.log_perplexity) / (clean_loss + zero - clean_loss)
+            assert effect.ce_loss_score.value == pytest.approx(score, abs=1e-3)
 
 
 def test_few_rows_per_pass_make_no_difference(model, corpus, monkeypatch):
@@ -141,85 +204,67 @@ def test_a_perfect_operator_loses_nothing(model, corpus):
     assert shifted.effects["transport"].kl > 1e-6
 
 
+def known_effects(changes, documents, positions=1):
+    """Sequences of three predictions: one edited position and one behind it. changes: Δ in each bin, (sequences, interventions, bins)."""
+    sums = np.zeros((len(documents), 1, changes.shape[1], 2, 3))
+    sums[:, 0, :, :, 0], sums[:, 0, :, :, 1], sums[:, 0, :, :, 2] = changes, changes / 2, 1
+    record = EditRecord("x", ((0, 1),), ("00",), None, "5", (0,))
+    names = ("transport", "mean", "zero")[: changes.shape[1]]
+    edits = {name: dataclasses.replace(record, intervention=name) for name in names}
+    return effects_of(edits, Measured(sums, np.ones((len(documents), 1, 2)), 10), 2.5, documents, 0)
+
+
 def test_summaries_of_known_effects():
-    """Six sequences of three documents; columns: diluted Δ, Δ from the first edit, Δ at the edits, KL."""
-    names = ("transport", "mean", "zero")
-    changes = np.zeros((6, 3, 4))
+    """Six sequences of three documents."""
     base = np.array([0.9, 1.1, 1.0, 1.0, 1.2, 0.8])
-    for number, scale in enumerate((0.25, 1.0, 3.0)):
-        changes[:, number] = np.stack([0.1 * scale * base, scale * base, 2 * scale * base, scale * base / 2], axis=1)
+    changes = np.stack([scale * base for scale in (0.25, 1.0, 3.0)], axis=1)[:, :, None] * np.array([2.0, 0.0])
     documents = np.array([5, 5, 6, 6, 7, 7])
-    effects = perplexity.effects_of(names, changes, 2.5, documents, 0)
+    effects = known_effects(changes, documents)
     assert effects["transport"].loss_recovered_mean == pytest.approx(0.75)
     assert effects["zero"].loss_recovered_mean == pytest.approx(-2)
     assert effects["mean"].loss_recovered_mean == pytest.approx(0)
-    assert effects["zero"].log_perplexity == pytest.approx(2.5 + 0.3)
+    assert effects["transport"].ce_loss_score.value == pytest.approx(1 - 0.25 / 3)
+    assert effects["zero"].log_perplexity == pytest.approx(2.5 + 0.6)
     assert effects["zero"].minus_transport.value == pytest.approx(2.75)
+    assert effects["zero"].at_edit_minus_transport.value == pytest.approx(5.5)
+    assert effects["zero"].kl_minus_transport.value == pytest.approx(2.75 / 2)
     assert effects["transport"].minus_transport is None
     assert effects["zero"].kl == pytest.approx(1.5)
+    assert effects["zero"].kl_after.value == 0
+    assert effects["zero"].kl_at_edit.value == pytest.approx(3)
     assert effects["zero"].sign_test == pytest.approx(0.25)  # three documents, all worse: 2 · (1/2)³
-    changes[:, 1, 1] = [1, 1, -1, -1, 0, 0]
-    effects = perplexity.effects_of(names, changes, 2.5, documents, 0)
+    changes[:, 1, 0] = [1, 1, -1, -1, 0, 0]
+    effects = known_effects(changes, documents)
     assert np.isnan(effects["transport"].loss_recovered_mean)
     assert effects["mean"].to_json()["loss_recovered_mean"] is None
+
+
+def test_a_null_edit_gives_uniform_p_values():
+    """600 simulated ablations of 101 documents in which edits do nothing but noise: P(p ≤ a) is a, up to the steps of the sign test."""
+    rng = np.random.default_rng(3)
+    documents = np.repeat(np.arange(101), 2)
+    values = []
+    for _ in range(600):
+        noise = rng.standard_t(3, size=101)[documents] + rng.standard_t(3, size=len(documents))
+        moved = Bootstrap(documents, 0).by_document(noise) if not values else None
+        changes = np.zeros((len(documents), 1, 2))
+        changes[:, 0, 0] = noise
+        means = np.bincount(documents, weights=noise / 2) / 2
+        if moved is not None:
+            np.testing.assert_allclose(moved / 2, means)
+        values.append(sign_test(means))
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        exact = binom.cdf(int(binom.ppf(level / 2, 101, 0.5)) - 1, 101, 0.5) * 2
+        assert abs(np.mean(np.array(values) <= level) - exact) < 4 * np.sqrt(level * (1 - level) / 600) + 0.02
+    assert known_effects(changes, documents)["transport"].sign_test == pytest.approx(values[-1])
 
 
 def test_interventions_are_maps(model):
     operator = make_operator(0, 2)
     x = torch.randn(3, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(intervention("null_input", operator)(x), operator(torch.zeros_like(x)))
-    assert not bool(intervention("zero", operator)(x).any())
-    assert intervention("transport", operator) is operator
-
-
-# ---- positions ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        (5, Positions(count=5)),
-        ("5", Positions(count=5)),
-        ("7, 3", Positions(explicit=(3, 7))),
-        ("9,", Positions(explicit=(9,))),
-        ("all", Positions()),
-    ],
-)
-def test_positions_parse_and_print(text, want):
-    assert Positions.parse(text) == want
-    assert Positions.parse(str(want)) == want
-    assert Positions.parse(want) is want
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "3,x", ","])
-def test_bad_positions_are_refused(text):
-    with pytest.raises(PositionError, match="give a number to draw"):
-        Positions.parse(text)
-
-
-def test_positions_that_no_sequence_has_are_refused():
-    Positions(count=30).check(32)
-    with pytest.raises(PositionError, match="31 positions were asked for, but of 32 tokens at most 30 can be edited"):
-        Positions(count=31).check(32)
-    with pytest.raises(PositionError, match="position 31 lies outside"):
-        Positions(explicit=(3, 31)).check(32)
-
-
-def test_positions_keep_to_ordinary_tokens():
-    ordinary = [False, True, False, True, True, True]
-
-    def choose(positions, sequence):
-        return pick(positions.order(6, 0, sequence), positions.count, ordinary, sequence)
-
-    assert choose(Positions(), 0) == [1, 3, 4]  # the last token has no successor
-    assert choose(Positions(explicit=(2, 3)), 0) == [3]
-    with pytest.raises(PositionError, match="sequence 7 has 0 ordinary tokens to edit at the given positions, not 1"):
-        choose(Positions(explicit=(2,)), 7)
-    drawn = {tuple(choose(Positions(count=2), sequence)) for sequence in range(50)}
-    assert drawn == {(1, 3), (1, 4), (3, 4)}
-    assert "3 random" in Positions(count=3).describe()
-    assert Positions(explicit=(2, 3)).describe() == "positions 2, 3"
-    assert Positions().describe() == "all ordinary positions"
+    torch.testing.assert_close(intervention("null_input", operator)[1](x), operator(torch.zeros_like(x)))
+    assert not bool(intervention("zero", operator)[1](x).any())
+    assert intervention("transport", operator)[1] is operator
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from conftest import (
     make_tokenizer,
     put,
     random_words,
+    supply,
 )
 from nnsight.modeling import huggingface
 
@@ -215,7 +216,8 @@ def test_accumulation_and_ablation_on_a_server_equal_those_here(served, corpus):
     fits, local_fits = fit(there), fit(local)
     operators, local_operators = ([result.operator for result in results] for results in (fits, local_fits))
     assert all(torch.equal(one.weight, two.weight) for one, two in zip(operators, local_operators, strict=True))
-    arguments = {"positions": 3, "interventions": tuple(INTERVENTIONS), "sequences": 5}
+    arguments = {"positions": 3, "interventions": (*INTERVENTIONS, "rank_2"), "sequences": 5}
+    arguments |= supply(*(operator.pair for operator in operators))[0]
     results = ablate(model, operators, corpus, server=server, per_job=2, **arguments)
     for result, want in zip(results, ablate(here, local_operators, corpus, **arguments), strict=True):
         assert result.to_json() == want.to_json()

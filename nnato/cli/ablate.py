@@ -69,12 +69,12 @@ def command(
       nnato ablate --pairs 9:12 --positions 10,50,70,100,120 --interventions transport,identity_shift,mean
     """
     from nnato.accumulation import accumulate_cached, default_corpus, tokenize
-    from nnato.edits import Positions
     from nnato.errors import OperatorError
     from nnato.fitting import fit
     from nnato.models import describe
     from nnato.operators import TransportOperator
     from nnato.perplexity import ablate, check_interventions, check_operator, choose_sequences, corpus_of
+    from nnato.positions import Positions
     from nnato.sites import default_pairs
     from nnato.storage import prepare_folder
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nnato.accumulation import Accumulated
+    from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, PaperEfficiency
     from nnato.fitting import Fit
     from nnato.intervals import Interval
-    from nnato.perplexity import AblationResult
     from nnato.scaling import Scaling
 
 
