@@ -25,6 +25,7 @@ ndif:
 bench: .venv/test.stamp
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
+	.venv/bin/python benchmarks/solvers.py
 	.venv/bin/python benchmarks/remote.py
 
 .venv/bin/python:

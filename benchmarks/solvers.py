@@ -1,6 +1,6 @@
 """From stored activations to a chosen ridge operator: scikit-learn's `GridSearchCV(Ridge)` against moments, in CPU time and peak memory.
 
-The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; the two take turns, and the
+The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; they take turns, and the
 medians of the ratios of each turn are reported. Prints one JSON object and writes benchmarks/results/solvers.json.
 """
 
@@ -50,8 +50,10 @@ def by_scikit_learn(folder: Path) -> float:
     return float(search.best_params_["alpha"])
 
 
-def by_moments(folder: Path) -> float:
-    """The penalty chosen from moments of folds, read in chunks."""
+def by_moments(folder: Path, products: str = "float64", search: str = "full") -> float:
+    """The penalty chosen from moments of folds, read in chunks, with products of this dtype and float64 sums."""
+    import dataclasses
+
     import numpy as np
     import torch
 
@@ -65,17 +67,24 @@ def by_moments(folder: Path) -> float:
     (n, width), offset = files[0].shape, files[0].offset
     folds = []
     for part in np.array_split(np.arange(n), FOLDS):
-        moments = Moments.of_pairs([pair], width)
+        moments = Moments.of_pairs([pair], width, products=getattr(torch, products))
         for first in range(part[0], part[-1] + 1, CHUNK):
             rows = min(part[-1] + 1, first + CHUNK) - first
             place = {"count": rows * width, "offset": offset + first * width * 4}
             chunk = [np.fromfile(folder / f"{name}.npy", np.float32, **place).reshape(rows, width) for name in "xy"]
             moments.update(torch.from_numpy(np.stack(chunk)))
         folds.append(Regression.of(moments, pair))
-    return Solver(Method.paper()).solve(Regression.merge(folds), folds=folds).alpha
+    method = dataclasses.replace(Method.paper(), search=search)
+    return Solver(method).solve(Regression.merge(folds), folds=folds).alpha
 
 
-ROLES = {"scikit-learn": by_scikit_learn, "moments": by_moments}
+ROLES = {
+    "scikit-learn": by_scikit_learn,
+    "moments": by_moments,
+    "moments, float32 products": lambda folder: by_moments(folder, "float32"),
+    "moments, screened": lambda folder: by_moments(folder, search="screened"),
+    "moments, float32 products, screened": lambda folder: by_moments(folder, "float32", "screened"),
+}
 
 
 def resident(which: str) -> float:
@@ -94,8 +103,7 @@ def run(role: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="576x100000,2304x20000", help="width x tokens, …")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default="576x100000x3,2304x20000x3", help="width x tokens x repeats, …")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -115,18 +123,19 @@ def main() -> None:
 
     record: dict[str, object] = {"penalties": 8, "folds": FOLDS, "sizes": []}
     for size in arguments.sizes.split(","):
-        d, n = (int(part) for part in size.split("x"))
+        d, n, repeats = (int(part) for part in size.split("x"))
         with tempfile.TemporaryDirectory() as scratch:
             make(Path(scratch), d, n)
-            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(arguments.repeats)]
+            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(repeats)]
         chosen = {turn[role]["alpha"] for turn in turns for role in ROLES}
         if len(chosen) != 1:
-            raise SystemExit(f"the two chose different penalties: {turns}")
-        entry = {"d_model": d, "tokens": n, "repeats": arguments.repeats, "alpha": chosen.pop()}
+            raise SystemExit(f"different penalties were chosen: {turns}")
+        entry = {"d_model": d, "tokens": n, "repeats": repeats, "alpha": chosen.pop()}
         for key in ("cpu_s", "peak_mib"):
             for role in ROLES:
-                entry[f"{key} {role}"] = statistics.median(turn[role][key] for turn in turns)
-            entry[f"{key} ratio"] = statistics.median(turn["scikit-learn"][key] / turn["moments"][key] for turn in turns)
+                entry[f"{key}, {role}"] = statistics.median(turn[role][key] for turn in turns)
+                if role != "scikit-learn":
+                    entry[f"{key} ratio, {role}"] = statistics.median(turn["scikit-learn"][key] / turn[role][key] for turn in turns)
         record["sizes"] = [*record["sizes"], entry]  # type: ignore[misc]
         print(json.dumps(entry), file=sys.stderr)
     record["provenance"] = provenance()

@@ -124,9 +124,9 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Raises:
         MomentsError: A is not finite, or not positive definite.
     """
-    _check_finite(matrix)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
+        _check_finite(matrix)
         raise MomentsError("a scatter matrix plus its penalty is not positive definite: use a larger penalty")
     solved: torch.Tensor = torch.cholesky_solve(right, factor)
     return solved

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from nnato.errors import MomentsError
-from nnato.linalg import Spectrum, spectrum
+from nnato.linalg import Spectrum, solve_positive, spectrum
 from nnato.metrics import Weighting, weighting
 from nnato.regression import Frame, Regression
 
 KAPPAS: tuple[float, ...] = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 5))
 """Grid of κ, 1e-8 … 1e2, two a decade. The penalty is α = κ · tr(C_xx) / d_x, so that it means the same at every scale and token count."""
 
+SKETCH = 128
+"""Random projections of the target by which penalties are screened."""
 AVERAGES = ("pooled", "mean")
 """How scores of several folds become one."""
 
@@ -26,13 +28,22 @@ class RidgeSource:
         xx: `C_xx` of training, float64 (d_x, d_x).
 
     Attributes:
-        spectrum: Eigendecomposition of `C_xx` on its support. What lies outside (below 1e-10 of the largest eigenvalue) has no weight.
         scale: tr(C_xx) / d_x, the unit of the penalty.
     """
 
     def __init__(self, xx: torch.Tensor) -> None:
-        self.spectrum: Spectrum = spectrum(xx)
+        self._xx: torch.Tensor | Spectrum = xx
         self.scale = float(xx.trace()) / xx.shape[0]
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Eigendecomposition of `C_xx` on its support, made when it is first asked for; it then takes the place of the scatter.
+
+        What lies outside (below 1e-10 of the largest eigenvalue) has no weight.
+        """
+        if isinstance(self._xx, torch.Tensor):
+            self._xx = spectrum(self._xx)
+        return self._xx
 
     def weight(self, xy: torch.Tensor, alpha: float) -> torch.Tensor:
         """`W = Q diag(1 / (λ + α)) Qᵀ C_xy`, from C_xy, float64 (d_x, d_y), and α; float64 (d_x, d_y)."""
@@ -162,9 +173,7 @@ def score_path(
     if average not in AVERAGES:
         raise MomentsError(f"unknown average {average!r}; known are {', '.join(AVERAGES)}")
     alphas = torch.tensor(penalties, dtype=torch.float64, device=train.xx.device)
-    pooled = None
-    if average == "pooled":
-        pooled = weighting(metric, train.yy, Regression.merge(heldout).yy if metric == "uniform" else train.yy)
+    pooled = _pooled_weighting(heldout, train, metric) if average == "pooled" else None
     found, totals = [], []
     for trial in trials:
         weigh = pooled or weighting(metric, trial.train.yy, trial.heldout.yy)
@@ -177,6 +186,88 @@ def score_path(
     else:
         scores = 1 - torch.stack(found).sum(0) / sum(totals)
     return Path(tuple(penalties), tuple(scores.tolist()))
+
+
+def _pooled_weighting(heldout: Sequence[Regression], train: Regression, metric: str) -> Weighting:
+    """The metric in which errors of several trials are added: uniform weights come from all their held-out rows together."""
+    return weighting(metric, train.yy, Regression.merge(heldout).yy if metric == "uniform" else train.yy)
+
+
+def screen(
+    trials: Iterable[Trial],
+    heldout: Sequence[Regression],
+    penalties: Sequence[float],
+    train: Regression,
+    metric: str,
+    average: str = "pooled",
+) -> tuple[Path, tuple[int, ...]]:
+    """Estimated scores of penalties, and which of them can be the best; for wide residuals and few penalties.
+
+    The error `tr(Γ R)` of a penalty is estimated by its mean over `SKETCH` random projections of the target (Hutchinson), the same for all
+    penalties. That needs a Cholesky factor for each of them, but no eigendecomposition and no products of full width. A penalty is out when
+    its error exceeds the smallest by more than 8 standard errors of their difference.
+
+    Args:
+        trials: As in `score_path`.
+        heldout: As in `score_path`.
+        penalties: The grid, in raw units.
+        train: As in `score_path`.
+        metric: As in `score_path`.
+        average: As in `score_path`.
+
+    Returns:
+        The path with estimated scores, and the indices of the penalties left.
+
+    Raises:
+        MomentsError: A penalty is too small for a Cholesky factor.
+    """
+    width = train.yy.shape[0]
+    signs = torch.randint(0, 2, (width, SKETCH), generator=torch.Generator().manual_seed(0)).to(train.yy) * 2 - 1
+    pooled = _pooled_weighting(heldout, train, metric) if average == "pooled" else None
+    errors = torch.zeros(len(penalties), SKETCH, dtype=torch.float64, device=train.yy.device)
+    total = 0.0
+    for trial in trials:
+        weigh = pooled or weighting(metric, trial.train.yy, trial.heldout.yy)
+        factor = weigh.scaled(trial.frame.y_scale).factors(width, train.yy.device)[0]
+        sketch = factor @ signs[: factor.shape[1]]
+        fitted = trial.frame.apply(trial.train)
+        rows = trial.frame.apply(trial.heldout).about(fitted)
+        targets, cross = fitted.xy @ sketch, rows.xy @ sketch
+        power, deviations = (sketch * (rows.yy @ sketch)).sum(0), weigh.trace(trial.heldout.yy)
+        unit = deviations if average == "mean" else 1.0
+        total += deviations / unit
+        penalised, diagonal = fitted.xx.clone(), fitted.xx.diagonal()
+        for number, penalty in enumerate(penalties):
+            penalised.diagonal().copy_(diagonal + penalty)
+            weight = solve_positive(penalised, targets)
+            errors[number] += (power + (weight * (rows.xx @ weight - 2 * cross)).sum(0)) / unit
+    estimates = errors.mean(1)
+    differences = errors - errors[estimates.argmin()]
+    kept = differences.mean(1) <= 8 * differences.std(1) / SKETCH**0.5
+    return Path(tuple(penalties), tuple((1 - estimates / total).tolist())), tuple(torch.nonzero(kept)[:, 0].tolist())
+
+
+def direct_errors(trial: Trial, weigh: Weighting, alphas: torch.Tensor) -> torch.Tensor:
+    """As `Trial.errors`, with a Cholesky factor and two products for each penalty: cheaper for one or two of them."""
+    fitted = trial.frame.apply(trial.train)
+    rows = trial.frame.apply(trial.heldout).about(fitted)
+    scaled = weigh.scaled(trial.frame.y_scale)
+    errors = []
+    for alpha in alphas.tolist():
+        weight = solve_ridge(fitted.xx, fitted.xy, alpha)
+        errors.append(scaled.trace(rows.yy) + float((scaled.apply(weight) * (rows.xx @ weight - 2 * rows.xy)).sum()))
+    return torch.tensor(errors, dtype=torch.float64, device=alphas.device)
+
+
+def solve_ridge(xx: torch.Tensor, xy: torch.Tensor, alpha: float) -> torch.Tensor:
+    """`(C_xx + α)⁻¹ C_xy` by Cholesky: for a single penalty; float64 (d_x, d_x) and (d_x, targets).
+
+    Raises:
+        MomentsError: The penalty is too small.
+    """
+    penalised = xx.clone()
+    penalised.diagonal().add_(alpha)
+    return solve_positive(penalised, xy)
 
 
 def score_path_gcv(source: RidgeSource, train: Regression, frame: Frame, penalties: Sequence[float], metric: str) -> Path:

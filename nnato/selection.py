@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,10 +12,11 @@ from nnato.errors import MomentsError
 from nnato.lowrank import reduced_rank
 from nnato.metrics import Weighting, check_metric, squared_errors, weighting
 from nnato.regression import Frame, Regression
-from nnato.ridge import KAPPAS, Path, RidgeSource, Trial, score_path, score_path_gcv
+from nnato.ridge import KAPPAS, Path, RidgeSource, Trial, direct_errors, score_path, score_path_gcv, screen, solve_ridge
 from nnato.sparse import SparseFit, check_l1_ratio, elastic_net, zero_penalty
 
 SELECTIONS = ("validation", "kfold", "gcv")
+SEARCHES = ("full", "screened")
 PENALTIES = ("ridge", "lasso", "elastic-net")
 PRIORS = ("zero", "identity")
 SPARSE_KAPPAS: tuple[float, ...] = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 11))
@@ -37,6 +39,8 @@ class Method:
         metric: R² that chooses: one of `metrics.METRICS`.
         select: Rows that choose the penalty: `validation`, `kfold` (folds of training documents), or `gcv` (generalised cross-validation,
             ridge only, takes tokens for independent).
+        search: How the grid is searched: `full` scores every penalty exactly. `screened` estimates scores by random projections and
+            compares exactly only penalties that these cannot tell apart: for wide residuals, few penalties and one target of a source.
         average: With folds: `pooled` errors, or the `mean` of the folds' scores.
         groups: With folds: merge them into so many; None keeps them as they are.
         penalty: `ridge`, `lasso` or `elastic-net`.
@@ -53,6 +57,7 @@ class Method:
 
     metric: str = "variance_weighted"
     select: str = "validation"
+    search: str = "full"
     average: str = "pooled"
     groups: int | None = None
     penalty: str = "ridge"
@@ -67,6 +72,7 @@ class Method:
         check_metric(self.metric)
         for name, value, known in (
             ("selection", self.select, SELECTIONS),
+            ("search", self.search, SEARCHES),
             ("penalty", self.penalty, PENALTIES),
             ("prior", self.shrink_to, PRIORS),
         ):
@@ -74,6 +80,8 @@ class Method:
                 raise MomentsError(f"unknown {name} {value!r}; known are {', '.join(known)}")
         if self.penalty != "ridge" and self.select == "gcv":
             raise MomentsError(f"generalised cross-validation is of ridge only: choose the {self.penalty} on validation or by kfold")
+        if self.search == "screened" and (self.penalty != "ridge" or self.select == "gcv"):
+            raise MomentsError("a screened search is of ridge, on validation or by kfold")
         if self.penalty != "ridge" and self.rank is not None:
             raise MomentsError(f"the {self.penalty} has no rank to choose: use ridge")
         if self.rank is not None and self.rank < 1:
@@ -154,24 +162,39 @@ class Solver:
         if method.select == "gcv":
             path = score_path_gcv(source, train, frame, alphas, method.metric)
         else:
-            errors = Trial.errors if method.penalty == "ridge" else self._sparse_errors
-            if method.select == "kfold":
-                trials: Iterable[Trial] = self._trials(train, folds)
-                heldout = folds
-            else:
-                heldout = [self._validation(validation)]
-                trials = [Trial(train, heldout[0], frame, source)]
-            path = score_path(trials, heldout, alphas, train, method.metric, method.average, errors)
+            path = self._search(train, validation, folds, alphas, Trial(train, train, frame, source))
         kappa = path.penalty / unit if method.alphas else kappas[path.best]
         if method.penalty != "ridge":
             fitted = elastic_net_path(framed, [alpha for alpha in alphas if alpha >= path.penalty], method.ratio)[-1]
             return Solution(frame.restore(fitted.weight), path, path.penalty, kappa, fitted)
-        if method.rank is None:
+        if method.rank is None and method.search == "screened":
+            weight = solve_ridge(framed.xx, framed.xy, path.penalty)
+        elif method.rank is None:
             weight = source.weight(framed.xy, path.penalty)
         else:
             weigh = weighting(method.metric, train.yy, train.yy).scaled(frame.y_scale)
             weight = reduced_rank(source, framed, path.penalty, weigh).weight(method.rank)
         return Solution(frame.restore(weight), path, path.penalty, kappa)
+
+    def _search(
+        self, train: Regression, validation: Regression | None, folds: Sequence[Regression], alphas: Sequence[float], whole: Trial
+    ) -> Path:
+        """Scores of all penalties on the rows that choose."""
+        method = self.method
+        heldout = folds if method.select == "kfold" else [self._validation(validation)]
+
+        def trials() -> Iterable[Trial]:
+            return self._trials(train, folds) if method.select == "kfold" else [replace(whole, heldout=heldout[0])]
+
+        rest = (train, method.metric, method.average)
+        if method.search == "full":
+            return score_path(trials(), heldout, alphas, *rest, Trial.errors if method.penalty == "ridge" else self._sparse_errors)
+        estimated, kept = screen(trials(), heldout, alphas, *rest)
+        if len(kept) == 1:
+            return estimated
+        exact = score_path(trials(), heldout, [alphas[index] for index in kept], *rest, direct_errors)
+        scores = dict.fromkeys(range(len(alphas)), -math.inf) | dict(zip(kept, exact.scores, strict=True))
+        return Path(estimated.penalties, tuple(scores.values()))
 
     def _validation(self, validation: Regression | None) -> Regression:
         if validation is None:

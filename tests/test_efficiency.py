@@ -7,15 +7,28 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.linear_model import Ridge
 from test_cca import read
 from test_regression import regression
 
 from nnato.accumulation import accumulate
-from nnato.cca import participation_ratio
+from nnato.cca import EffectiveSize, debias, noise_edge, participation_ratio
 from nnato.corpus import Corpus
-from nnato.efficiency import PairRows, default_ranks, efficiency, paper_efficiencies, paper_efficiency, transport_efficiency
+from nnato.efficiency import (
+    PairRows,
+    _ratio,
+    _Replicate,
+    _without,
+    default_ranks,
+    efficiency,
+    paper_efficiencies,
+    paper_efficiency,
+    transport_efficiency,
+)
 from nnato.errors import MomentsError
+from nnato.intervals import Spread, jackknife, ratio_spread
+from nnato.regression import Regression
 from nnato.selection import PAPER_ALPHAS
 from nnato.sites import ResidualSite
 
@@ -72,6 +85,43 @@ def test_curves_are_those_of_rows(planted):
         ceiling = float(got.correlations.debiased[: point.rank].sum()) / 8
         assert point.ceilings["debiased"] == pytest.approx(ceiling)
         assert point.efficiency.value == pytest.approx(r2 / ceiling, abs=1e-9)
+
+
+def test_a_replicate_is_made_anew_without_its_fold(planted):
+    """The penalty scales with the tokens, the noise edge with what they are worth, and whitening is that of the other folds."""
+    rows, parts = planted
+    train, test = Regression.merge(rows.folds), Regression.merge(rows.tests)
+    size, alpha = EffectiveSize(5000.0, 0, noise_edge(8, 8, 5000.0)), 5000.0
+    got = _without(train, rows.folds[3], test, alpha, size, [2, 8])
+    chosen = np.arange(800) % 10 != 3
+    x, y = (part[chosen].reshape(-1, 8) for part in parts[0])
+    test_x, test_y = (part.reshape(-1, 8) for part in parts[2])
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    root = np.linalg.cholesky(np.linalg.inv((y - y_mean).T @ (y - y_mean)))
+    rows_x = np.vstack([x - x_mean, math.sqrt(0.9 * alpha) * np.eye(8)])
+    full = np.linalg.lstsq(rows_x, np.vstack([(y - y_mean) @ root, np.zeros((8, 8))]), rcond=None)[0]
+    axes = np.linalg.svd(rows_x @ full, full_matrices=False)[2]
+    qx, qy = (np.linalg.qr(part - part.mean(0))[0] for part in (x, y))
+    squares = torch.from_numpy(np.linalg.svd(qx.T @ qy, compute_uv=False) ** 2)
+    debiased = debias(squares, (8, 8), EffectiveSize(4500.0, 0, noise_edge(8, 8, 4500.0)))
+    assert got.total == pytest.approx(float(debiased.sum()), rel=1e-9)
+    for number, rank in enumerate((2, 8)):
+        error = (test_y - y_mean) @ root - (test_x - x_mean) @ full @ axes[:rank].T @ axes[:rank]
+        r2 = 1 - (error**2).sum() / (((test_y - y_mean) @ root) ** 2).sum()
+        assert float(got.efficiency[number]) == pytest.approx(r2 / (float(debiased[:rank].sum()) / 8), rel=1e-8)
+
+
+def test_intervals_join_training_and_test_documents():
+    replicates = [_Replicate(torch.tensor([value], dtype=torch.float64), 0.0) for value in (0.8, 0.9, 1.0, 0.85)]
+    errors, totals = torch.tensor([[1.0], [1.2], [0.9]], dtype=torch.float64), torch.tensor([2.0, 2.1, 1.9], dtype=torch.float64)
+    got = _ratio(0.5, 0.6, 0, errors, totals, replicates)
+    over_train = jackknife([0.8, 0.9, 1.0, 0.85])
+    over_test = ratio_spread(errors[:, 0], totals)
+    want = Spread(over_train.variance + over_test.variance / 0.36, 1.0)
+    degrees = (over_train + over_test.scaled(1 / 0.6)).degrees
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(want.variance)
+    assert (got.value, got.low, got.high) == pytest.approx((0.5 / 0.6, 0.5 / 0.6 - half, 0.5 / 0.6 + half))
+    assert math.isnan(_ratio(0.5, 0.0, 0, errors, totals, replicates).value)
 
 
 @pytest.mark.slow

@@ -59,6 +59,25 @@ def test_chunks_equal_a_two_pass_reference(mean, dtype):
         assert np.abs(moments.mean_of(s).numpy() - x[SITES.index(s)].numpy().mean(0)).max() <= 1e-12 * max(mean, 1)
 
 
+@pytest.mark.parametrize("mean", [0.0, 3000.0])
+def test_products_in_float32_cost_seven_digits(mean):
+    """Relative to the standard deviations of both coordinates, whatever the mean; under autocast too."""
+    scales = torch.logspace(0, -3, D, dtype=torch.float64)
+    x = rows(4000) * scales + mean
+    exact, fast = moments_of(x), Moments.of_pairs(PAIRS, D, products=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for chunk in x.split(500, dim=1):
+            fast.update(chunk)
+    assert fast.scatter.dtype == torch.float64
+    deviations = torch.stack([exact.scatter_of(s, s).diagonal().sqrt() for s in SITES])
+    for s in SITES:
+        for t in SITES:
+            unit = torch.outer(deviations[SITES.index(s)], deviations[SITES.index(t)])
+            error = ((fast.scatter_of(s, t) - exact.scatter_of(s, t)) / unit).abs().max()
+            assert 1e-12 < float(error) <= 1e-6
+    assert float((fast.mean - exact.mean).abs().max()) <= 1e-12 * max(mean, 1)
+
+
 def test_fifty_digits():
     x = rows(40, mean=1e6, d=2)
     got = moments_of(x)

@@ -8,14 +8,16 @@ import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from test_lowrank import rows
 from test_regression import regression
 
 from nnato.errors import MomentsError
 from nnato.lowrank import reduced_rank
-from nnato.metrics import Weighting
+from nnato.metrics import METRICS, Weighting
 from nnato.regression import Regression
-from nnato.ridge import KAPPAS, RidgeSource
+from nnato.ridge import KAPPAS, RidgeSource, direct_errors, score_path, screen
 from nnato.selection import PAPER_ALPHAS, SPARSE_KAPPAS, Method, Solver, group_folds
 from nnato.sparse import zero_penalty
 
@@ -39,6 +41,44 @@ def test_the_papers_choice_equals_grid_search(data, folds):
     assert np.abs(np.array(solution.path.scores) - search.cv_results_["mean_test_score"]).max() <= 1e-9
     want = search.best_estimator_.coef_.T
     assert np.abs(solution.weight.numpy() - want).max() <= 1e-9 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("average", ["mean", "pooled"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_screened_search_chooses_what_a_full_one_does(folds, metric, average, standardize):
+    train, grid = Regression.merge(folds), (1e-2, 1.0, 10.0, 100.0, 1e3, 1e5)
+    settings = {"metric": metric, "select": "kfold", "average": average, "standardize": standardize, "alphas": grid}
+    full = Solver(Method(**settings)).solve(train, folds=folds)
+    screened = Solver(Method(**settings, search="screened")).solve(train, folds=folds)
+    assert screened.alpha == full.alpha
+    torch.testing.assert_close(screened.weight, full.weight, atol=1e-9, rtol=1e-9)
+    assert screened.path.scores[screened.path.best] == pytest.approx(full.path.scores[full.path.best], abs=0.05)  # estimated, perhaps
+    trials = list(Solver(Method(**settings))._trials(train, folds))
+    estimated, kept = screen(trials, folds, grid, train, metric, average)
+    assert full.path.best in kept
+    assert len(kept) < len(grid)
+    assert np.abs(np.array(estimated.scores) - full.path.scores).max() <= 0.05
+    exact = score_path(trials, folds, grid, train, metric, average, direct_errors)
+    assert exact.scores == pytest.approx(full.path.scores, abs=1e-9)
+
+
+def test_a_screened_search_on_validation_rows(data):
+    train, held = regression(*data["train"]), regression(*data["validation"])
+    full, screened = (Solver(Method(search=search)).solve(train, held) for search in ("full", "screened"))
+    assert screened.kappa == full.kappa
+    assert screened.path.at_edge == full.path.at_edge
+    assert len(screened.path.scores) == len(KAPPAS)
+
+
+def test_scales_come_from_the_training_rows_of_each_fold(data, folds):
+    x, y = data["train"]
+    grid = {"ridge__alpha": [0.1, 10.0, 1000.0]}
+    search = GridSearchCV(make_pipeline(StandardScaler(), Ridge(solver="svd")), grid, cv=KFold(5), scoring="r2").fit(x, y)
+    method = Method(metric="uniform", select="kfold", average="mean", standardize=True, alphas=(0.1, 10.0, 1000.0))
+    solution = Solver(method).solve(Regression.merge(folds), folds=folds)
+    assert np.abs(np.array(solution.path.scores) - search.cv_results_["mean_test_score"]).max() <= 1e-9
+    assert solution.alpha == search.best_params_["ridge__alpha"]
 
 
 @pytest.mark.parametrize("penalty", ["lasso", "elastic-net"])
@@ -121,6 +161,9 @@ def test_folds_are_grouped_evenly(folds):
         ({"penalty": "l0"}, "unknown penalty 'l0'; known are ridge, lasso, elastic-net"),
         ({"shrink_to": "one"}, "unknown prior 'one'; known are zero, identity"),
         ({"penalty": "lasso", "select": "gcv"}, "of ridge only: choose the lasso on validation or by kfold"),
+        ({"search": "random"}, "unknown search 'random'; known are full, screened"),
+        ({"penalty": "lasso", "search": "screened"}, "a screened search is of ridge, on validation or by kfold"),
+        ({"select": "gcv", "search": "screened"}, "a screened search is of ridge, on validation or by kfold"),
         ({"penalty": "lasso", "rank": 3}, "the lasso has no rank to choose: use ridge"),
         ({"rank": 0}, "rank 0: give at least 1"),
         ({"groups": 1}, "1 folds: give at least 2"),
