@@ -27,6 +27,8 @@ bench: .venv/test.stamp
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py
 	.venv/bin/python benchmarks/remote.py
+	.venv/bin/python benchmarks/ablation.py
+	.venv/bin/python benchmarks/ablation.py --model smollm2
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

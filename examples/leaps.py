@@ -2,7 +2,8 @@
 
 Ridge with the penalty chosen by R² of validation documents, the same with the penalty chosen by the loss of validation sequences, ridge
 shrunk to the identity, and reduced-rank ridge, against the identity and the identity moved by the difference of means; and mean, resample
-and zero, which do not depend on the leap. All at the same positions of the same test sequences. Writes leaps.json and leaps.png into --out.
+and zero, which do not depend on the leap. All at the same positions of the same test sequences. Writes leaps.json, leaps.md and
+leaps.png into --out.
 
     nnato accumulate --pairs 2:10,3:10,4:10,5:10,6:10,7:10,8:10,9:10 --out moments/
     python examples/leaps.py moments/ --out leaps/
@@ -103,6 +104,7 @@ def rows(results: list[AblationResult]) -> list[dict[str, Any]]:
                     "leap": result.pair[1] - result.pair[0],
                     "put_in": name,
                     "log_perplexity": effect.log_perplexity,
+                    "delta_loss_diluted": effect.delta_loss_diluted.to_json(),
                     "delta_loss": effect.delta_loss.to_json(),
                     "delta_loss_at_edit": effect.delta_loss_at_edit.to_json(),
                     "kl": effect.kl_interval.to_json(),
@@ -114,6 +116,29 @@ def rows(results: list[AblationResult]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Two tables of the documentation from what leaps.json holds: of Δloss at the edits, and of KL from the first edit on."""
+    names = [row["put_in"] for row in record["rows"] if row["leap"] == 1 and row["put_in"] != "transport"]
+    parts = []
+    for title, own, against, digits in (
+        ("Δloss at the edits, nats", "delta_loss_at_edit", "at_edit_minus_transport", 3),
+        ("KL from the first edit on, nats", "kl", "kl_minus_transport", 4),
+    ):
+        lines = [f"| leap | ridge: {title} | " + " | ".join(f"{name} - ridge" for name in names) + " |", "|---" * (len(names) + 2) + "|"]
+        for leap in sorted({row["leap"] for row in record["rows"]}):
+            mine = {row["put_in"]: row for row in record["rows"] if row["leap"] == leap}
+            cells = [_cell(mine["transport"][own], digits), *(_cell(mine[name][against], digits) for name in names)]
+            lines.append(f"| {leap} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(interval: dict[str, float], digits: int) -> str:
+    """A number with its interval, in bold if that excludes zero."""
+    text = f"{interval['value']:+.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+    return f"**{text}**" if interval["low"] > 0 or interval["high"] < 0 else text
 
 
 def main() -> None:
@@ -147,22 +172,24 @@ def main() -> None:
     references = ablate(model, operators[-1:], blocks, interventions=REFERENCES, **how)[0]
     results.sort(key=lambda result: result.pair[1] - result.pair[0])
     about = f"{accumulated.model['name']}, {text['source']}"
-    draw(results, references, folder / "leaps.png", about)
     settings = {key: str(value) for key, value in vars(arguments).items()}
     first = results[0]
     sizes = {"sequences": first.sequences, "documents": first.documents, "tokens": first.tokens, "seeds": list(first.draws.seeds)}
-    write_json(
-        folder / "leaps.json",
-        {
-            "about": about,
-            "settings": settings,
-            **sizes,
-            "penalties": choice,
-            "rows": rows(results),
-            "references": rows([references]),
-            "provenance": provenance(),
-        },
-    )
+    record = {
+        "about": about,
+        "settings": settings,
+        "target": str(first.pair[1]),
+        "positions": first.draws.describe(),
+        "log_perplexity": first.log_perplexity,
+        **sizes,
+        "penalties": choice,
+        "rows": rows(results),
+        "references": rows([references]),
+        "provenance": provenance(),
+    }
+    write_json(folder / "leaps.json", record)
+    draw(results, references, folder / "leaps.png", about)
+    (folder / "leaps.md").write_text(markdown(record))
 
 
 if __name__ == "__main__":

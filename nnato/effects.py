@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,13 @@ class AblationResult:
         """The pair in words, for titles."""
         return " + ".join(f"{source} → {target}" for source, target in self.chain)
 
+    def size(self) -> str:
+        """Sequences, tokens and seeds in words, for titles."""
+        seeds = self.draws.seeds
+        return f"{self.sequences} sequences × {self.tokens // self.sequences} tokens, " + (
+            f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The entry of `nnato ablate --json`."""
         return {
@@ -351,10 +358,3 @@ class Bootstrap:
         if not bounds.low > 0 and not bounds.high < 0:
             return Interval(float("nan"))
         return self.ratio(reference - lost, reference)
-
-
-def titles(results: Sequence[AblationResult]) -> str:
-    """Sequences, tokens and seeds of some results in words."""
-    first = results[0]
-    seeds = f"seed {first.seed}" if len(first.draws.seeds) == 1 else f"seeds {first.draws.seeds[0]} to {first.draws.seeds[-1]}"
-    return f"{first.sequences} sequences of {first.documents} documents, {first.tokens:,} tokens, {seeds}"

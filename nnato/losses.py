@@ -43,6 +43,7 @@ def measure_all(
     sites: Sequence[ResidualSite],
     medians: torch.Tensor,
     runs: Sequence[Run],
+    shared: Sequence[str],
     features: torch.Tensor | None,
 ) -> dict[str, Any]:
     """`measure` for several sequences.
@@ -54,9 +55,10 @@ def measure_all(
         sites: As in `measure`, like all that follow.
         medians: See there.
         runs: See there.
+        shared: See there.
         features: See there.
     """
-    return {"label": label, "measured": [measure(model, item, sites, medians, runs, features) for item in items]}
+    return {"label": label, "measured": [measure(model, item, sites, medians, runs, shared, features) for item in items]}
 
 
 def measure(
@@ -65,6 +67,7 @@ def measure(
     sites: Sequence[ResidualSite],
     medians: torch.Tensor,
     runs: Sequence[Run],
+    shared: Sequence[str],
     features: torch.Tensor | None,
 ) -> dict[str, Any]:
     """Losses of one sequence, as it is and under edits.
@@ -75,6 +78,7 @@ def measure(
         sites: Sites that decide which tokens are sinks, sources and targets of the runs among them.
         medians: Their median norms, float64 (sites,).
         runs: What to replace.
+        shared: Interventions that are the same in all runs of one step to the same target: they are measured once.
         features: Directions, float64 (directions, d_model), of whose largest projection at the first target activity is.
 
     Returns:
@@ -111,7 +115,15 @@ def measure(
         edited.append(at)
         counts.append(torch.bincount(distance_bins(at, len(losses)), minlength=bins_of(len(losses))).double())
         others = mates(at, ordinary)
-        found = [_sums(model, ids, run, run[0][1] == last, place, donors, at, others, clean, targets, losses) for run in runs]
+        found: list[torch.Tensor] = []
+        once: dict[int, dict[str, torch.Tensor]] = {}
+        for run in runs:
+            known = once.get(int(run[0][1]), {}) if len(run) == 1 else {}
+            new = [(source, target, {name: way for name, way in ways.items() if name not in known}) for source, target, ways in run]
+            rows = iter(_sums(model, ids, new, run[0][1] == last, place, donors, at, others, clean, targets, losses))
+            mine = {name: known[name] if name in known else next(rows) for name in run[0][2]}
+            once.setdefault(int(run[0][1]), {name: mine[name] for name in shared} if len(run) == 1 else {})
+            found.append(torch.stack(list(mine.values())))
         sums.append(torch.stack(found))
     return {"losses": losses.cpu(), "edited": edited, "counts": torch.stack(counts), "sums": torch.stack(sums)}
 

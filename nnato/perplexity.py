@@ -91,6 +91,7 @@ def ablate(
         check_operator(operator, info)
     directions = _directions(draws, features, interventions, info)
     runs = _runs(operators, list(dict.fromkeys(interventions)), supplies, chain)
+    shared = _shared(runs)
     corpus = corpus or corpus_of(operators[0], info)
     draws.check(corpus.context)
     blocks = tokenize(model, corpus, progress)
@@ -109,7 +110,7 @@ def ablate(
             progress("sequences", len(measured), len(items))
         some = items[len(measured) :][: 1 if server is None else per_job]
         label = f"{blocks.fingerprint['digest']} {draws.rule} {seed} {some[0][0]}-{some[-1][0]}"
-        answers = _measure(model, server, label, some, sites, thresholds, runs, directions)
+        answers = _measure(model, server, label, some, sites, thresholds, runs, shared, directions)
         for (number, *_), answer in zip(some, answers, strict=True):
             _check_finite(answer["sums"], number, runs)
         measured += answers
@@ -180,6 +181,18 @@ def _runs(operators: Sequence[TransportOperator], names: Sequence[str], supplies
     return [steps]
 
 
+def _shared(runs: Sequence[Run]) -> list[str]:
+    """Interventions that put the same into a target whatever the source is, so that pairs with that target can share them."""
+    means: dict[ResidualSite, TransportOperator] = {}
+    found = [name for name in ("resample", "steer", "zero", "mean") if name in runs[0][0][2]]
+    for run in runs:
+        for _, target, ways in run:
+            mean = ways["mean"][1] if "mean" in found else None
+            if isinstance(mean, TransportOperator) and not torch.equal(means.setdefault(target, mean).target_mean, mean.target_mean):
+                found.remove("mean")
+    return found
+
+
 def _items(model: TransformersModel, blocks: TokenBlocks, rows: np.ndarray, draws: Draws, resample: bool) -> list[Item]:
     """The sequences with the positions to edit, and for `resample` each with the next one of another document."""
     documents = blocks.index[rows, 3]
@@ -217,17 +230,18 @@ def _measure(
     sites: Sequence[ResidualSite],
     medians: torch.Tensor,
     runs: Sequence[Run],
+    shared: Sequence[str],
     features: torch.Tensor | None,
 ) -> list[dict[str, Any]]:
     """Measure some sequences, here or in one job on a server."""
     if server is None:
         with torch.no_grad():
-            here: list[dict[str, Any]] = measure_all(model, label, some, sites, medians, runs, features)["measured"]
+            here: list[dict[str, Any]] = measure_all(model, label, some, sites, medians, runs, shared, features)["measured"]
         return here
 
     def send(backend: Any) -> None:
         with torch.no_grad(), model.session(backend=backend):
-            answer = save(measure_all(model, label, some, sites, medians, runs, features))  # noqa: F841
+            answer = save(measure_all(model, label, some, sites, medians, runs, shared, features))  # noqa: F841
 
     answer = run_job(server, model, send).get("answer")
     if not isinstance(answer, dict) or answer.get("label") != label:

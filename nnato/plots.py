@@ -32,7 +32,12 @@ COLOURS = {
     "mean": "#8d99ae",
     "zero": "#bc4749",
     "null_input": "#7f5539",
+    "resample": "#6d597a",
+    "shuffled": "#b5838d",
+    "shrunk_to_identity": "#468faf",
 }
+OTHER_COLOUR = "#89c2d9"
+"""Of interventions that have no colour of their own: other operators."""
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -233,9 +238,9 @@ def ablation_bars(results: Sequence[AblationResult], path: Path, about: str) -> 
         path: Where to write; the suffix decides the format.
         about: Model and text, for the title.
     """
-    figure = Figure(figsize=(10, 2.6 * len(results) + 0.8), layout="constrained")
+    figure = Figure(figsize=(10, max(2.6, 0.9 + 0.34 * len(results[0].effects)) * len(results) + 0.8), layout="constrained")
     for (left, right), result in zip(figure.subplots(len(results), 2, squeeze=False), results, strict=True):
-        pair = f"{result.pair[0]} → {result.pair[1]}"
+        pair = result.name()
         diluted = {name: effect.delta_loss_diluted for name, effect in result.effects.items()}
         _bars(left, diluted, base=result.log_perplexity)
         left.axvline(result.log_perplexity, color="black", linewidth=1)
@@ -246,7 +251,7 @@ def ablation_bars(results: Sequence[AblationResult], path: Path, about: str) -> 
         right.set_title(f"{pair}: Δloss at the edited positions", fontsize=9)
         right.set_xlabel("nats (log scale from 0.1)")
     first = results[0]
-    how = f"{first.positions.describe()}, {first.sequences} sequences of {first.documents} documents, 95 % intervals"
+    how = f"{first.draws.describe()}, {first.size()}, {first.documents} documents, 95 % intervals"
     figure.suptitle(f"Residuals replaced at {how} · {about}", fontsize=10)
     return _save(figure, path)
 
@@ -256,7 +261,7 @@ def _bars(axes: Axes, values: Mapping[str, Interval], base: float = 0.0) -> None
     heights = [value.value for value in values.values()]
     # A point interval may miss its value by a rounding error.
     errors = [[max(0.0, v.value - v.low) for v in values.values()], [max(0.0, v.high - v.value) for v in values.values()]]
-    colours = [COLOURS[name] for name in values]
+    colours = [COLOURS.get(name, OTHER_COLOUR) for name in values]
     axes.barh(range(len(values)), heights, left=base, xerr=errors, color=colours, capsize=3)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()

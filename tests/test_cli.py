@@ -13,11 +13,14 @@ import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from nnato import fitting
 from nnato.accumulation import FILE, load_moments
 from nnato.cli import COMMANDS, main, tables
+from nnato.edits import INTERVENTIONS
 from nnato.metrics import METRICS
 from nnato.sites import ResidualSite
 
@@ -242,8 +245,63 @@ def test_ablate_with_an_operator(moments, saved_model, text, tmp_path):
     assert json.loads((tmp_path / "out" / "ablation.json").read_text()) == [results]
     assert (tmp_path / "out" / "ablation.png").stat().st_size > 1000
     table = run("ablate", *options).stdout
-    assert "0 → 2: 3 random positions, 4 sequences" in table
+    assert "0 → 2: 3 random positions, 4 sequences × 32 tokens, seed 0" in table
     assert max(len(line) for line in table.splitlines() if not line.startswith("text:")) <= 80
+
+
+ALL_INTERVENTIONS = ",".join(INTERVENTIONS)
+
+
+def test_ablate_with_everything(saved_model, text, tmp_path):
+    """All interventions of a chain of pairs, several draws, reduced ranks, directions and a vector from files."""
+    directions = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"directions": directions}, tmp_path / "two.safetensors")
+    save_file({"vector": directions[0].clone()}, tmp_path / "one.safetensors")
+    options = ["--model", saved_model, "--pairs", "0:1,1:3", "--text", text, *TEXT, "--sequences", "3", "--positions", "3", "--seeds", "2"]
+    options += ["--interventions", ALL_INTERVENTIONS, "--rank", "2,16"]
+    options += ["--features", tmp_path / "two.safetensors", "--steer", tmp_path / "one.safetensors", "--scale", "0"]
+    (chain,) = check_envelope(run("ablate", *options, "--chain", "--json", "--out", tmp_path / "o"))
+    assert chain["chain"] == [[0, 1], [1, 3]]
+    assert chain["seeds"] == [0, 1]
+    assert chain["tokens"] == 96
+    assert len(chain["draws"]) == 2
+    effects = chain["interventions"]
+    assert list(effects) == ["none", *INTERVENTIONS, "rank_2", "rank_16"]
+    assert abs(effects["steer"]["delta_loss"]["value"]) < 1e-6  # a vector times zero
+    assert effects["rank_16"]["delta_loss"]["value"] == pytest.approx(effects["transport"]["delta_loss"]["value"], abs=1e-5)
+    assert effects["rank_2"]["edit"]["rank"] == 2
+    assert set(effects["transport"]["loss_recovered"]) == {"mean", "zero", "resample"}
+    assert [one["distance"] for one in effects["zero"]["by_distance"]][:3] == [[0, 0], [1, 1], [2, 3]]
+    assert {"kl_at_edit", "kl_after", "agreement", "ce_loss_score"} <= set(effects["zero"])
+    output = run("ablate", *options).stdout
+    assert "0 → 1: 3 random positions, 2 seeds, 3 sequences × 32 tokens, seeds 0 to 1" in output
+    assert widest(output) <= 80
+
+
+def test_ablate_at_other_positions(moments, text, tmp_path):
+    run("fit", moments, "--pairs", "0:2", "--out", tmp_path / "operators")
+    operator = tmp_path / "operators" / "0-2.safetensors"
+    save_file({"directions": torch.ones(1, 16)}, tmp_path / "one.safetensors")
+    for positions, edited in (("last", [30]), ("every:9", [9, 18, 27])):
+        options = ["--operator", operator, "--positions", positions, "--sequences", "3", "--rank", "2", "--json"]
+        (result,) = check_envelope(run("ablate", *options))
+        assert result["edited_positions"] == 3 * [edited]
+        assert result["interventions"]["rank_2"]["edit"]["rank"] == 2
+    features = ["--positions", "active>1e9", "--features", tmp_path / "one.safetensors", "--sequences", "3"]
+    assert "only 0 of 3 sequences have positions 'active>1" in run("ablate", "--operator", operator, *features, code=2).stderr
+
+
+def test_generate(moments, saved_model, tmp_path):
+    run("fit", moments, "--pairs", "0:2,1:3", "--out", tmp_path / "operators")
+    files = [tmp_path / "operators" / name for name in ("0-2.safetensors", "1-3.safetensors")]
+    options = ["generate", "w1 w2 w3", "--operator", files[0], "--operator", files[1], "--max-new-tokens", "4"]
+    record = json.loads(run(*options, "--json").stdout)["results"]
+    assert record["pairs"] == [[0, 2], [1, 3]]
+    assert list(record["edited"]) == ["transport", "identity"]
+    assert len(record["unedited"]["ids"]) <= 4
+    output = run(*options, "--interventions", "zero").stdout
+    assert "zero at 0 → 2, 1 → 3; as unedited for" in output
+    assert "w1 w2 w3" in output
 
 
 def test_ablate_fits_what_it_needs_and_caches_it(saved_model, text, tmp_path):
@@ -331,6 +389,14 @@ def test_help_lists_commands_and_version():
         (["ablate", "--operator", "none.safetensors"], "none.safetensors does not exist"),
         (["ablate", "--operator", "x", "--pairs", "0:1"], "give --operator or pairs, not both"),
         (["ablate", "--model", "MODEL", "--pairs", "3:3"], "the source must come before the target"),
+        (["ablate", "--seeds", "2", "--positions", "all"], "positions 'all' are not drawn, so 2 seeds would give the same"),
+        (["ablate", "--operator", "x", "--interventions", "shuffled"], "shuffled comes from moments, which an operator file has not"),
+        (["ablate", "--interventions", "features"], "the intervention features needs a file of directions: give --features"),
+        (["ablate", "--interventions", "steer", "--steer", "no.safetensors"], "no.safetensors does not exist"),
+        (["ablate", "--steer", "no.safetensors"], "--steer belongs to the intervention steer"),
+        (["ablate", "--rank", "x"], "ranks 'x': write for example 1,10,100"),
+        (["generate", "words"], "give --transport, for example 9:12, or --operator"),
+        (["generate", "words", "--model", "MODEL", "--transport", "3:3"], "the source must come before the target"),
         (["info", "nothing"], "no model 'nothing'"),
     ],
 )

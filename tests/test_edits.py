@@ -11,6 +11,7 @@ import torch
 from conftest import WIDTH, hook_residuals, make_module, make_operator, supply
 from safetensors.torch import save_file
 
+from nnato import losses
 from nnato.accumulation import accumulate
 from nnato.controls import controls_of, subspaces_of
 from nnato.edits import INTERVENTIONS, EditRecord, Supplies, intervention, read_directions, span, truncate
@@ -224,6 +225,32 @@ def test_sequences_without_such_a_token_are_counted_and_left_as_they_are(model, 
     json.dumps(result.to_json(), allow_nan=False)
     with pytest.raises(PositionError, match="only 0 of 4 sequences have positions 'punctuation'"):
         ablate(model, [make_operator(0, 2)], corpus, positions="punctuation", sequences=4)
+
+
+def test_what_does_not_depend_on_the_source_is_measured_once_and_the_same(model, corpus, monkeypatch):
+    """Three pairs with two targets: zero, mean, resample and steer of a target are shared, unless the means differ."""
+    operators = [make_operator(0, 2), make_operator(1, 2), make_operator(1, 3)]
+    names = ("mean", "transport", "zero", "resample", "steer")
+    arguments = {"interventions": names, "sequences": 2, "steering": torch.ones(WIDTH), "positions": 3}
+    passes = []
+    resumed = losses._resumed_logits
+
+    def counted(model, ids, *rest):
+        passes.append(len(ids))
+        return resumed(model, ids, *rest)
+
+    monkeypatch.setattr(losses, "_resumed_logits", counted)
+    together = ablate(model, operators, corpus, **arguments)
+    assert passes == 2 * [5, 1, 5]
+    for operator, result in zip(operators, together, strict=True):
+        (alone,) = ablate(model, [operator], corpus, **arguments)
+        for name in names:
+            np.testing.assert_allclose(result.effects[name].per_sequence, alone.effects[name].per_sequence, atol=1e-6, err_msg=name)
+    passes.clear()
+    other = dataclasses.replace(operators[1], target_mean=operators[1].target_mean + 1)
+    results = ablate(model, [operators[0], other], corpus, **arguments)
+    assert passes == 2 * [5, 2]
+    assert results[0].effects["mean"].delta_loss.value != results[1].effects["mean"].delta_loss.value
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------

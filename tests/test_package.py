@@ -27,11 +27,12 @@ ROWS = [
     {"transport_moments", "reduction", "linalg", "regression", "intervals"},
     {"remote_moments", "metrics", "operators"},
     {"accumulation", "ridge", "sparse"},
-    {"lowrank", "edits", "cca"},
+    {"lowrank", "positions", "cca"},
     {"selection", "losses"},
-    {"fitting", "efficiency"},
-    {"perplexity", "scaling"},
-    {"plots"},
+    {"fitting", "efficiency", "edits"},
+    {"effects", "controls", "scaling"},
+    {"perplexity"},
+    {"plots", "generation"},
     {"cli"},
 ]
 

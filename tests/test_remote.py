@@ -235,6 +235,19 @@ def gemma(tmp_path_factory):
         yield load_model(str(folder), remote=True), folder, server
 
 
+@pytest.mark.parametrize("positions", ["active>0.5", "every:7", "word:2"])
+def test_chains_at_chosen_positions_on_a_server_equal_those_here(gemma, corpus, positions):
+    model, _, server = gemma
+    here = wrap(make_module("gemma2"), make_tokenizer())
+    operators = [make_operator(0, 1), make_operator(1, 3)]
+    arguments = {"positions": positions, "interventions": ("transport", "resample", "features", "zero"), "sequences": 4, "chain": True}
+    arguments |= {"features": supply(operators[0].pair)[0]["features"], "seeds": 2 if positions == "word:2" else 1}
+    (there,) = ablate(model, operators, corpus, server=server, per_job=3, **arguments)
+    (local,) = ablate(here, operators, corpus, **arguments)
+    assert there.to_json() == local.to_json()
+    assert any(there.edited)
+
+
 def test_jobs_are_cut_merged_and_bounded(gemma, corpus, tmp_path):
     model, _, server = gemma
     said = []

@@ -15,6 +15,7 @@ COMMANDS = {
     "efficiency": "Compare operators of each rank with what any linear map could carry.",
     "scaling": "R² against training tokens, without reading text again.",
     "ablate": "Replace residuals by predictions and measure the loss.",
+    "generate": "Continue a prompt with residuals replaced at every step.",
     "info": "Say what a file, a folder or a model is.",
 }
 

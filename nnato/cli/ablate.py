@@ -10,11 +10,19 @@ import click
 from nnato.cli import common, remotely, tables
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nnato.operators import TransportOperator
 
 
 @common.command("ablate")
-@click.option("--positions", default="5", show_default=True, help="How many to draw (5), which (10,50,70), or all.")
+@click.option(
+    "--positions",
+    default="5",
+    show_default=True,
+    help="How many to draw (5), which (10,50,70), all, last, every:8, a class of tokens (number, word:3), active>1.5, or a preset of the "
+    "paper (single_js, multiple_js, all_js).",
+)
 @click.option(
     "--operator",
     "operators",
@@ -28,10 +36,17 @@ if TYPE_CHECKING:
     "--interventions",
     default="transport,identity,mean,zero,null_input",
     show_default=True,
-    help="What to put in, also: identity_shift.",
+    help="What to put in; also: identity_shift, resample, random_orthogonal, rotated, moved_error, features, steer, lts, lts_complement, "
+    "shuffled, shrunk_to_identity.",
 )
+@click.option("--rank", help="Also put in reduced-rank operators, for example 8,64; of an --operator file its truncations.")
+@click.option("--chain", is_flag=True, help="Edit the targets of all pairs in the same pass.")
+@click.option("--features", type=click.Path(path_type=Path), help="Safetensors file of directions, for features and active>….")
+@click.option("--steer", type=click.Path(path_type=Path), help="Safetensors file of one vector, which the intervention steer adds.")
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Multiply that vector.")
 @click.option("--sequences", type=int, default=24, show_default=True, help="Test sequences.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the positions and the bootstrap.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Draw positions so many times.")
 @common.text_options
 @common.batch_option
 @common.model_options
@@ -47,8 +62,14 @@ def command(
     source: str | None,
     leap: str | None,
     interventions: str,
+    rank: str | None,
+    chain: bool,
+    features: Path | None,
+    steer: Path | None,
+    scale: float,
     sequences: int,
     seed: int,
+    seeds: int,
     batch_size: int,
     device: str | None,
     dtype: str,
@@ -62,27 +83,44 @@ def command(
     Without --operator it fits what it needs, from moments kept in the user's cache. With it, the text is the one the operator was
     fitted on, unless --text names another; the sequences are always of test documents.
 
+    Interventions that need moments (shuffled, shrunk_to_identity, lts, reduced ranks) are to be had without --operator.
+
     \b
     Examples:
       nnato ablate --positions 5
+      nnato ablate --pairs 9:12 --rank 8,64 --interventions transport,identity,shuffled,mean,zero,resample --seeds 3
+      nnato ablate --pairs 5:9,9:12 --chain --positions multiple_js
       nnato ablate --model google/gemma-2-2b --pairs 10:12 --remote
       nnato ablate --pairs 9:12 --positions 10,50,70,100,120 --interventions transport,identity_shift,mean
     """
     from nnato.accumulation import accumulate_cached, default_corpus, tokenize
+    from nnato.controls import controls_of, subspaces_of
+    from nnato.edits import FITTED_CONTROLS, SUBSPACE, is_rank, read_directions, truncate
     from nnato.errors import OperatorError
     from nnato.fitting import fit
     from nnato.models import describe
     from nnato.operators import TransportOperator
     from nnato.perplexity import ablate, check_interventions, check_operator, choose_sequences, corpus_of
-    from nnato.positions import Positions
+    from nnato.positions import Draws
     from nnato.sites import default_pairs
     from nnato.storage import prepare_folder
 
-    spec = Positions.parse(positions)
+    draws = Draws.parse(positions, seed, seeds)
     names = [name.strip() for name in interventions.split(",") if name.strip()]
+    names = list(dict.fromkeys([*names, *(f"rank_{one}" for one in common.parse_ranks(rank) or ())]))
     check_interventions(names)
     if operators and (pairs or source or leap):
         raise OperatorError("give --operator or pairs, not both: an operator knows its pair")
+    fitted = [name for name in names if name in FITTED_CONTROLS or is_rank(name)]
+    if operators and (needy := [name for name in names if name in (*FITTED_CONTROLS, *SUBSPACE)]):
+        raise OperatorError(f"{needy[0]} comes from moments, which an operator file has not: give pairs instead of --operator")
+    for option, given in (("features", features), ("steer", steer)):
+        if option in names and given is None:
+            raise OperatorError(f"the intervention {option} needs a file of directions: give --{option}")
+    if steer is not None and "steer" not in names:
+        raise OperatorError("--steer belongs to the intervention steer: name it in --interventions")
+    directions = None if features is None else read_directions(features)
+    vector = None if steer is None else _one(read_directions(steer), steer) * scale
     if out is not None:
         prepare_folder(out.expanduser())
     chosen: list[TransportOperator] = [TransportOperator.load(path) for path in operators]
@@ -96,21 +134,32 @@ def command(
             check_operator(operator, info)
         wanted = common.parse_pair_options(pairs, source, leap, info.blocks) or default_pairs(info.blocks)
         corpus = common.make_corpus(corpus_of(chosen[0], info) if chosen else default_corpus(info), **text)
-        spec.check(corpus.context)
+        draws.check(corpus.context)
         blocks = tokenize(loaded, corpus, progress)
         choose_sequences(blocks, sequences)  # refuses too little text before the long part
         with remote.open(server, loaded) as where:
             if not chosen:
                 accumulated = accumulate_cached(loaded, blocks, wanted, batch_size=batch_size, server=where, progress=progress)
                 chosen = [result.operator for result in fit(accumulated, wanted, progress=progress)]
+                controls = controls_of(accumulated, chosen, fitted)
+                subspaces = subspaces_of(accumulated, wanted) if set(names) & set(SUBSPACE) else None
+            else:
+                controls = [truncate(operator, int(name.removeprefix("rank_"))) for operator in chosen for name in fitted]
+                subspaces = None
             results = ablate(
                 loaded,
                 chosen,
                 blocks,
-                positions=spec,
+                positions=positions,
                 interventions=names,
                 sequences=sequences,
                 seed=seed,
+                seeds=seeds,
+                controls=controls,
+                features=directions,
+                steering=vector,
+                subspaces=subspaces,
+                chain=chain,
                 server=where,
                 per_job=per_job,
                 progress=progress,
@@ -127,3 +176,12 @@ def command(
     tables.show_ablations(results)
     if out is not None:
         common.say(f"ablation.json and ablation.png in {out}")
+
+
+def _one(vectors: Tensor, path: Path) -> Tensor:
+    """The only vector of a file."""
+    from nnato.errors import OperatorError
+
+    if len(vectors) != 1:
+        raise OperatorError(f"{path} holds {len(vectors)} vectors: --steer adds one")
+    return vectors[0]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, PaperEfficiency
     from nnato.fitting import Fit
+    from nnato.generation import Generation
     from nnato.intervals import Interval
     from nnato.scaling import Scaling
 
@@ -163,10 +164,38 @@ def show_accumulated(accumulated: Accumulated) -> None:
     say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
 
 
+def show_generation(result: Generation) -> None:
+    """Texts under each other, the prompt in front."""
+    where = ", ".join(f"{source} → {target}" for source, target in result.pairs)
+    for name, one in [("unedited", result.unedited), *result.edited.items()]:
+        same = "" if one is result.unedited else f" at {where}; as unedited for {result.same(name)} of {len(one.ids)} tokens"
+        console().print(f"{name}{same}", style="bold", highlight=False)
+        say(result.prompt + one.text)
+
+
+def _show_divergences(result: AblationResult) -> None:
+    """What an edit does to the distributions, and how far behind it."""
+    distances = next(iter(result.effects.values())).by_distance
+    shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
+    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown), "edit")
+    table = _table("", columns)
+    for name, effect in result.effects.items():
+        table.add_row(
+            name,
+            _with_error(effect.kl_at_edit),
+            _with_error(effect.kl_after),
+            _with_error(effect.agreement),
+            *(f"{effect.by_distance[place].delta_loss.value:+.3f}" for place in shown),
+            effect.edit.digest[0][:8],
+            style="bold" if name == "transport" else None,
+        )
+    console().print(table)
+
+
 def show_ablations(results: list[AblationResult]) -> None:
     """Table of losses under interventions, one per pair."""
     for result in results:
-        title = f"{result.pair[0]} → {result.pair[1]}: {result.positions.describe()}, {result.sequences} sequences"
+        title = f"{result.name()}: {result.draws.describe()}, {result.size()}"
         table = _table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
         table.add_row("(unedited)", f"{result.log_perplexity:.3f}")
         for name, effect in result.effects.items():
@@ -181,9 +210,13 @@ def show_ablations(results: list[AblationResult]) -> None:
                 style="bold" if name == "transport" else None,
             )
         console().print(table)
+        _show_divergences(result)
+        if result.unedited:
+            say(f"{result.unedited} sequences have no such position: they count as unchanged in log-ppl, and nowhere else")
     notes = (
         f"nats; 95 % intervals, paired bootstrap over {results[0].documents} documents. Δloss at the edited positions; Δ after: over all "
         "positions from the first edit on; over transport: how much more of the latter; recov.: loss recovered, 0 as bad as the mean, "
-        "1 unharmed."
+        "1 unharmed. KL: of the edited next-token distribution from the unedited; top-1: how often the most likely token stays, from the "
+        "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there; edit: fingerprint of the numbers put in."
     )
     console().print(notes, style="dim", highlight=False)

@@ -1,0 +1,170 @@
+"""CPU time of `ablate` against a plain evaluator written from the paper's description, on a real model.
+
+The plain evaluator makes one full forward pass with forward hooks per condition, pair, set of positions and sequence, the unedited one
+among the conditions, as the paper's protocol has it (METHODS §2.2 I: five positions, three sets). Both must give equal log-perplexities.
+Also measured: what one more intervention costs `ablate`, as a share of a full forward pass, beside the share of blocks above the edit.
+Prints one JSON object and writes benchmarks/results/ablation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nnato.accumulation import tokenize
+from nnato.blocks import find_blocks
+from nnato.corpus import Corpus, TokenBlocks
+from nnato.models import load_model
+from nnato.operators import TransportOperator
+from nnato.perplexity import ablate, choose_sequences
+from nnato.sites import ResidualSite
+from nnato.storage import provenance
+from nnato.trace import TransformersModel
+
+CONDITIONS = ("transport", "null_input", "zero")
+TOLERANCE = 1e-5
+
+
+def operators_of(model: TransformersModel, target: int, leaps: Sequence[int]) -> list[TransportOperator]:
+    """Maps near the identity: what they are does not change the time."""
+    width = find_blocks(model._module)[2]
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for leap in leaps:
+        noise = torch.randn(width, width, generator=generator, dtype=torch.float64) / width
+        means = torch.zeros(2, width, dtype=torch.float64)
+        made.append(
+            TransportOperator(ResidualSite(target - leap), ResidualSite(target), torch.eye(width, dtype=torch.float64) + noise, *means)
+        )
+    return made
+
+
+def plain(
+    model: TransformersModel, blocks: TokenBlocks, operators: Sequence[TransportOperator], sets: Sequence[Sequence[int]], count: int
+) -> dict[tuple[int, str], float]:
+    """Log-perplexities by leap and condition: one full pass with two hooks for each."""
+    module = model._module
+    layers = module.get_submodule(find_blocks(module)[0])
+    rows = choose_sequences(blocks, count)
+    found: dict[tuple[int, str], float] = {}
+    for operator in operators:
+        source, target = int(operator.source), int(operator.target)
+        weight, bias = operator.weight.float(), operator.bias.float()
+        for condition in ("none", *CONDITIONS):
+            losses = []
+            for row in rows.tolist():
+                ids = blocks.batch([row]).ids
+                for positions in sets:
+                    seen: dict[str, torch.Tensor] = {}
+
+                    def at_source(_: object, __: object, output: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
+                        seen["x"] = output[0] if isinstance(output, tuple) else output
+
+                    def at_target(
+                        _: object,
+                        __: object,
+                        output: torch.Tensor,
+                        seen: dict[str, torch.Tensor] = seen,
+                        condition: str = condition,
+                        positions: Sequence[int] = positions,
+                        weight: torch.Tensor = weight,
+                        bias: torch.Tensor = bias,
+                    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+                        value = (output[0] if isinstance(output, tuple) else output).clone()
+                        x = seen["x"][:, list(positions)]
+                        value[:, list(positions)] = {"transport": x @ weight + bias, "null_input": bias, "zero": 0 * bias}[condition]
+                        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+                    hooks = [(layers[source], at_source), (layers[target], at_target)] if condition != "none" else []
+                    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+                    try:
+                        logits = module(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                    finally:
+                        for handle in handles:
+                            handle.remove()
+                    losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+            found[target - source, condition] = float(torch.stack(losses).double().mean())
+    return found
+
+
+def cpu_seconds(run: Callable[[], object]) -> tuple[float, object]:
+    """CPU time, and the result."""
+    start = time.process_time()
+    result = run()
+    return time.process_time() - start, result
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--target", type=int, default=10)
+    parser.add_argument("--leaps", default="1,2,3,4,5,6,7,8")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model, device="cpu")
+    _, depth, _ = find_blocks(model._module)
+    operators = operators_of(model, arguments.target, [int(leap) for leap in arguments.leaps.split(",")])
+    blocks = tokenize(model, Corpus(context=arguments.context, tokens=20_000))
+    sets = [[position + shift for position in (10, 50, 70, 100, 120)] for shift in range(3)]
+    how = {"positions": "multiple_js", "sequences": arguments.sequences}
+    ratios, seconds, differences = [], [], []
+    for _ in range(arguments.repeats):
+        ours, results = cpu_seconds(lambda: ablate(model, operators, blocks, interventions=CONDITIONS, **how))
+        theirs, wanted = cpu_seconds(lambda: plain(model, blocks, operators, sets, arguments.sequences))
+        ratios.append(theirs / ours)
+        seconds.append((ours, theirs))
+        for result in results:
+            if result.skipped:
+                raise SystemExit("a position was left out as no ordinary token, so the two do not do the same: choose other sequences")
+            leap = int(result.pair[1]) - int(result.pair[0])
+            for condition in CONDITIONS:
+                differences.append(abs(result.effects[condition].log_perplexity - wanted[leap, condition]))
+            differences.append(abs(result.log_perplexity - wanted[leap, "none"]))
+    if max(differences) > TOLERANCE:
+        raise SystemExit(f"the two ways give different log-perplexities: {max(differences):.1e}")
+    few, _ = cpu_seconds(lambda: ablate(model, operators[:1], blocks, interventions=CONDITIONS[:1], **how))
+    many, _ = cpu_seconds(lambda: ablate(model, operators[:1], blocks, interventions=(*CONDITIONS, "identity", "mean"), **how))
+    passes = 4 * len(operators) * len(sets) * arguments.sequences
+    one_pass = statistics.median(theirs for _, theirs in seconds) / passes
+    record = {
+        "model": arguments.model or "embedded",
+        "blocks": depth,
+        "target": arguments.target,
+        "leaps": arguments.leaps,
+        "context": arguments.context,
+        "sequences": arguments.sequences,
+        "conditions": ["none", *CONDITIONS],
+        "position_sets": sets,
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "ratio": statistics.median(ratios),
+        "ratio_smallest": min(ratios),
+        "ratio_largest": max(ratios),
+        "seconds_ablate": statistics.median(ours for ours, _ in seconds),
+        "seconds_plain": statistics.median(theirs for _, theirs in seconds),
+        "largest_difference_of_log_perplexity": max(differences),
+        "further_intervention_per_full_pass": (many - few) / 4 / (len(sets) * arguments.sequences) / one_pass,
+        "share_of_blocks_above_the_edit": (depth - 1 - arguments.target) / depth,
+        "provenance": provenance(),
+    }
+    results_folder = Path(__file__).parent / "results"
+    results_folder.mkdir(exist_ok=True)
+    name = "ablation.json" if arguments.model is None else f"ablation-{Path(arguments.model).name}.json"
+    (results_folder / name).write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
