@@ -176,7 +176,7 @@ def accumulate(
     device: torch.device | str | None = None,
     server: Server | None = None,
     per_job: int = 64,
-    keep_excluded: bool = True,
+    keep_excluded: bool = False,
     progress: Progress | None = None,
 ) -> Accumulated:
     """Stream text through a model once and fold the residuals into moments.
@@ -192,8 +192,8 @@ def accumulate(
         device: Where the float64 sums are kept; by default where the model is. "cpu" spares the memory of a GPU.
         server: Run the forward passes on it, e.g. `NdifServer()`, and fetch sums only; a failed job is all that a rerun repeats.
         per_job: Batches in one job on a server, at most.
-        keep_excluded: Whether a server also sends sums of special tokens, first positions and sinks, which takes twice the bytes. Without
-            them there is no R² with all tokens.
+        keep_excluded: Whether a server also sends sums of special tokens, first positions and sinks, which takes up to twice the bytes.
+            Without them there is no R² with all tokens. Here they are always kept.
         progress: Told of tokens read and batches done.
 
     Returns:
@@ -245,7 +245,7 @@ def accumulate_cached(
     request = json.dumps(request_of(info, blocks.fingerprint, chosen, batch_size), sort_keys=True)
     key = hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
     file = prepare_cache("moments", key) / FILE
-    return _Run(file, batch_size, 20, None, server, 64, True, progress)(model, info, blocks, chosen)
+    return _Run(file, batch_size, 20, None, server, 64, server is None, progress)(model, info, blocks, chosen)
 
 
 def _check_request(

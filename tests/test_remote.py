@@ -207,7 +207,7 @@ def test_accumulation_and_ablation_on_a_server_equal_those_here(served, corpus):
     """In each fold the server adds up the same batches in the same order, so the sums have the same bits."""
     model, module, server = served
     here = wrap(module, make_tokenizer())
-    there = accumulate(model, corpus, [(0, 2), ("embed", BLOCKS - 1)], server=server, batch_size=4)
+    there = accumulate(model, corpus, [(0, 2), ("embed", BLOCKS - 1)], server=server, batch_size=4, keep_excluded=True)
     local = accumulate(here, corpus, [(0, 2), ("embed", BLOCKS - 1)], batch_size=4)
     assert all(torch.equal(one, two) for one, two in same_sums(there.moments, local.moments, "all"))
     for name in ("text", "tokens", "excluded", "sink_tokens", "medians"):
@@ -253,8 +253,8 @@ def test_jobs_are_cut_merged_and_bounded(gemma, corpus, tmp_path):
     said = []
     server.say = said.append
     pairs = [(0, 2), (0, 3)]
-    whole = accumulate(model, corpus, pairs, server=server, batch_size=4)
-    cut = accumulate(model, corpus, pairs, server=server, batch_size=4, per_job=2, keep_excluded=False, out=tmp_path)
+    whole = accumulate(model, corpus, pairs, server=server, batch_size=4, keep_excluded=True)
+    cut = accumulate(model, corpus, pairs, server=server, batch_size=4, per_job=2, out=tmp_path)
     server.say = lambda text: None
     for one, two in same_ordinary(cut.moments, whole.moments):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
@@ -302,7 +302,7 @@ def test_what_comes_back_does_not_grow_with_tokens(gemma, tmp_path, documents):
             backend.wait = counted
             return backend
 
-    accumulate(model, Corpus(str(text), context=32, folds=2), [(0, 2)], server=Counted(), keep_excluded=False)
+    accumulate(model, Corpus(str(text), context=32, folds=2), [(0, 2)], server=Counted())
     assert 8 * 3 * WIDTH**2 * 0.5 < max(largest) <= 3 * (WIDTH + 1) ** 2 * 8 + 1e6
 
 

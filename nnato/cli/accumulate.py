@@ -24,7 +24,7 @@ from nnato.cli import common, remotely, tables
 @common.model_options
 @remotely.remote_options
 @click.option("--per-job", type=click.IntRange(min=1), default=64, show_default=True, help="Forward passes in one job on a server.")
-@click.option("--ordinary-only", is_flag=True, help="Fetch no sums of special, first and sink tokens from a server: half the bytes.")
+@click.option("--all-tokens", is_flag=True, help="Fetch sums of special, first and sink tokens from a server too: more bytes.")
 @click.option("--sums-on", help="Where to keep the float64 sums, for example cpu.  [default: where the model is]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("moments"), show_default=True, help="Folder for the result.")
 @common.json_option
@@ -40,7 +40,7 @@ def command(
     dtype: str,
     sums_on: str | None,
     per_job: int,
-    ordinary_only: bool,
+    all_tokens: bool,
     out: Path,
     as_json: bool,
     **text: Any,
@@ -63,8 +63,8 @@ def command(
 
     prepare_folder(out.expanduser())
     remote = remotely.take_remote_options(text, dtype)
-    if ordinary_only and not remote.on:
-        raise RemoteError("--ordinary-only belongs to --remote")
+    if all_tokens and not remote.on:
+        raise RemoteError("--all-tokens belongs to --remote: here these sums are always kept")
     server = remote.check()
     with common.progress_bar() as progress:
         loaded = common.load(model, device, dtype, progress, remote.on)
@@ -87,7 +87,7 @@ def command(
                 checkpoint_every=checkpoint_every,
                 server=where,
                 per_job=per_job,
-                keep_excluded=not ordinary_only,
+                keep_excluded=all_tokens,
                 progress=progress,
             )
     file = out.expanduser() / FILE
