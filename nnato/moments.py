@@ -26,7 +26,7 @@ class Moments:
         d_model: Width of a row.
         n: Number of rows so far.
         mean: float64 (2, sites, d_model): of the rows as sources and as targets. They differ only for shuffled pairs.
-        scatter: float64 (blocks, d_model, d_model).
+        scatter: float64 (blocks, d_model, d_model); of a site's own block only the upper triangle counts. `scatter_of` reads it.
         products: dtype in which centred rows are multiplied, float64 by default. float32 halves the time and still adds up in float64;
             scatters are then exact to about 1e-7 of the product of the two standard deviations, so keep huge tokens out.
     """
@@ -87,11 +87,7 @@ class Moments:
         # The one write of many steps: should an interrupt fall into it, the state says so instead of being silently wrong.
         self._interrupted = True
         for block, (source, target) in enumerate(self.blocks):
-            if self.products == torch.float64:
-                self.scatter[block].addmm_(x[place[source]].T, y[place[target]])
-            else:
-                with torch.autocast(self.scatter.device.type, enabled=False):  # which would multiply in bfloat16
-                    self.scatter[block] += x[place[source]].T @ y[place[target]]
+            _add_products(self.scatter[block], x[place[source]], y[place[target]], source == target)
         share = count / total
         self.mean[0] += share * (mean_x - self.mean[0])
         self.mean[1] += share * (mean_y - self.mean[1])
@@ -159,7 +155,8 @@ class Moments:
         if rest.n:
             part_mean = part.mean.to(self.mean.device)
             rest.mean = self.mean + (part.n / rest.n) * (self.mean - part_mean)
-            rest.scatter = self.scatter - part.scatter.to(self.scatter.device)
+            for number in range(len(self.blocks)):
+                rest.scatter[number] = self._read_block(number) - part._read_block(number).to(self.scatter.device)
             rest._add_outer(rest.mean - part_mean, -rest.n * part.n / self.n)
         return rest
 
@@ -206,10 +203,10 @@ class Moments:
         return self._read_block(self._block(target, source)).T if source > target else self._read_block(self._block(source, target))
 
     def _read_block(self, number: int) -> torch.Tensor:
-        """A block, symmetric if it is a site's own: whatever leaves these moments then rounds the same, wherever it was added up."""
+        """A block; of a site's own, which is symmetric, only the upper triangle is kept up to date."""
         source, target = self.blocks[number]
         block = self.scatter[number]
-        return (block + block.T) / 2 if source == target else block
+        return block.triu() + block.triu(1).T if source == target else block
 
     def _site(self, site: Site) -> int:
         if site not in self.sites:
@@ -232,6 +229,30 @@ class Moments:
         if not isinstance(n, int) or n < 0:
             raise MomentsError(f"the stored number of rows of {name} is {n!r}")
         self.n = n
+
+
+PANEL = 128
+"""Columns of a site's own products made at once, from the diagonal on: nearly half of a symmetric product need not be made."""
+
+
+def _add_products(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> None:
+    """Add `xᵀ y` in place; of a symmetric product the upper triangle, in panels.
+
+    Args:
+        total: float64 (d, d).
+        x: (n, d), in the dtype to multiply in.
+        y: The same.
+        symmetric: Whether x is y.
+    """
+    width = len(total)
+    step = PANEL if symmetric else width
+    for first in range(0, width, step):
+        panel, rest = slice(first, first + step), slice(first if symmetric else 0, width)
+        if x.dtype == total.dtype:
+            total[panel, rest].addmm_(x[:, panel].T, y[:, rest])
+        else:
+            with torch.autocast(total.device.type, enabled=False):  # which would multiply in bfloat16
+                total[panel, rest] += x[:, panel].T @ y[:, rest]
 
 
 def _names(blocks: Iterable[Pair]) -> str:

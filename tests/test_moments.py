@@ -33,8 +33,9 @@ def moments_of(x):
 
 def assert_close(a, b, rtol=1e-12):
     assert a.n == b.n
-    scale = max(float(b.scatter.abs().max()), 1e-300)
-    assert float((a.scatter - b.scatter).abs().max()) <= rtol * scale
+    for block in b.blocks:
+        one, other = a.scatter_of(*block), b.scatter_of(*block)
+        assert float((one - other).abs().max()) <= rtol * max(float(other.abs().max()), 1e-300)
     assert float((a.mean - b.mean).abs().max()) <= rtol * max(float(b.mean.abs().max()), 1e-300)
 
 
@@ -221,6 +222,28 @@ def test_an_interrupted_update_is_not_read_as_whole():
         moments.update(rows(5))
     with pytest.raises(MomentsError, match="interrupted in the middle of an update: load the last checkpoint"):
         moments.mean_of(0)
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300])
+def test_symmetric_products_in_panels_equal_whole_ones(width):
+    """Widths around and above a panel, two batches with a large mean, against numpy."""
+    generator = torch.Generator().manual_seed(width)
+    data = torch.randn(2, 90, width, generator=generator, dtype=torch.float64) + 50
+    moments = Moments.of_pairs([(SITES[0], SITES[2])], width)
+    moments.update(data[:, :40])
+    moments.update(data[:, 40:])
+    for place, site in enumerate((SITES[0], SITES[2])):
+        rows = data[place].numpy()
+        want = (rows - rows.mean(0)).T @ (rows - rows.mean(0))
+        got = moments.scatter_of(site, site).numpy()
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * np.abs(want).max())
+        assert np.array_equal(got, got.T)
+    half = Moments.of_pairs([(SITES[0], SITES[2])], width)
+    half.update(data[:, :40])
+    other = Moments.of_pairs([(SITES[0], SITES[2])], width)
+    other.update(data[:, 40:])
+    assert_close(half.merge(other), moments)
+    assert_close(moments.subtract(half), other, 1e-9)
 
 
 # ---- TransportMoments --------------------------------------------------------------------------------------------------
