@@ -15,7 +15,7 @@ from nnato.regression import Frame, Regression
 KAPPAS: tuple[float, ...] = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 5))
 """Grid of κ, 1e-8 … 1e2, two a decade. The penalty is α = κ · tr(C_xx) / d_x, so that it means the same at every scale and token count."""
 
-SKETCH = 128
+SKETCH = 64
 """Random projections of the target by which penalties are screened."""
 AVERAGES = ("pooled", "mean")
 """How scores of several folds become one."""
