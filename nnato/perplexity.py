@@ -18,7 +18,7 @@ from nnato.models import ModelInfo, describe
 from nnato.nnsight_setup import save
 from nnato.operators import TransportOperator
 from nnato.positions import Draws, Positions, token_class
-from nnato.remote import Server, in_words, run_job
+from nnato.remote import Server, in_words, labelled, run_job
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
 
@@ -243,9 +243,7 @@ def _measure(
         with torch.no_grad(), model.session(backend=backend):
             answer = save(measure_all(model, label, some, sites, medians, runs, shared, features))  # noqa: F841
 
-    answer = run_job(server, model, send).get("answer")
-    if not isinstance(answer, dict) or answer.get("label") != label:
-        raise RemoteError("the answer is not of this job: with --resume-job, repeat exactly the call that sent it")
+    answer = labelled(run_job(server, model, send).get("answer"), label)
     measured: list[dict[str, Any]] = answer["measured"]
     predictions, sets = some[0][1].shape[1] - 1, len(some[0][4])
     bins = bins_of(predictions)

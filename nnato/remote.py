@@ -261,6 +261,17 @@ def run_job(server: Server, model: TransformersModel, send: Callable[[Any], None
             server.say(f"{error}; sending it again ({attempt} of {server.retries})")
 
 
+def labelled(answer: Any, label: str) -> dict[str, Any]:
+    """What a job saved under a name, when it carries the label that was sent along.
+
+    Raises:
+        RemoteError: It is another job's.
+    """
+    if not isinstance(answer, dict) or answer.get("label") != label:
+        raise RemoteError("the answer is not of this job: with --resume-job, repeat exactly the call that sent it")
+    return answer
+
+
 _CAUSES = (
     # (words in the text, what to say and do, whether another try may succeed)
     (("api key",), "the server refused the key: set NDIF_API_KEY to a valid one, or run `nnsight login`", False),

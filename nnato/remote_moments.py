@@ -14,7 +14,7 @@ from nnato.errors import MomentsError, RemoteError, first_line
 from nnato.moments import Moments, unpack
 from nnato.nnsight_setup import save
 from nnato.reduction import TokenClasses, collect, located
-from nnato.remote import Server, in_words, run_job
+from nnato.remote import Server, in_words, labelled, run_job
 from nnato.statistics import NonFinite
 from nnato.transport_moments import TransportMoments
 
@@ -91,9 +91,7 @@ class RemoteMoments:
             with torch.no_grad(), model.session(backend=backend):
                 sums = save(collect(model, label, sent, pairs, width, medians, keep_excluded, keep_shuffled))  # noqa: F841
 
-        answer = run_job(self.server, model, send).get("sums")
-        if not isinstance(answer, dict) or answer.get("label") != label:
-            raise RemoteError("the answer is not of this job: with --resume-job, repeat exactly the call that sent it")
+        answer = labelled(run_job(self.server, model, send).get("sums"), label)
         if "not_finite" in answer:
             number, site, block, position, value = answer["not_finite"]
             raise located(NonFinite(block, position, self.moments.sites[site], value), model, batches[number])
