@@ -172,7 +172,7 @@ def ended_job(broken: Path, whole: Path) -> bool:
 
 def main() -> None:
     """Torment each job; print a JSON object for each."""
-    model, text, scratch, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    model, text, scratch, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
     os.chdir(scratch)
     import nnato.accumulation
@@ -206,7 +206,7 @@ def main() -> None:
     rng = random.Random(0)
     for arguments in (accumulate, fit, ablate):
         (scratch / arguments[0]).mkdir()
-        print(json.dumps(torment(arguments, scratch / arguments[0], kills, rng)), flush=True)
+        print(json.dumps(torment(arguments, scratch / arguments[0], kills[arguments[0]], rng)), flush=True)
 
 
 if __name__ == "__main__":
