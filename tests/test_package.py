@@ -24,7 +24,7 @@ ROWS = [
     {"trace", "statistics"},
     {"dry_run"},
     {"models", "moments"},
-    {"transport_moments", "reduction", "linalg", "regression", "intervals"},
+    {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals"},
     {"remote_moments", "metrics", "operators"},
     {"accumulation", "ridge", "sparse"},
     {"lowrank", "positions", "cca"},
