@@ -16,6 +16,7 @@ COMMANDS = {
     "scaling": "R² against training tokens, without reading text again.",
     "ablate": "Replace residuals by predictions and measure the loss.",
     "generate": "Continue a prompt with residuals replaced at every step.",
+    "sae": "Train a sparse autoencoder of one site.",
     "info": "Say what a file, a folder or a model is.",
 }
 
