@@ -83,6 +83,7 @@ def stream(
     about: Mapping[str, Any],
     *,
     file: Path | None = None,
+    kind: str = KIND,
     batch_size: int = 8,
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
@@ -100,6 +101,7 @@ def stream(
         request: Identifies the run, in JSON; a file of another request is refused.
         about: More for the file's metadata.
         file: Where to keep checkpoints and the result.
+        kind: What the file holds.
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
@@ -116,9 +118,9 @@ def stream(
     plan = blocks.plan(batch_size)
     classes, cursor = TokenClasses(), 0
     if file is not None and file.exists():
-        tensors, metadata = read_artifact(file, KIND)
+        tensors, metadata = read_artifact(file, kind)
         if metadata.get("request") != dict(request):
-            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
+            raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
         statistic.restore(tensors, metadata)
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
@@ -148,7 +150,7 @@ def stream(
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
         if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(cursor))
+            write_artifact(file, kind, *snapshot(cursor))
     if progress is not None:
         progress("forward passes", len(plan), len(plan))
     return snapshot(len(plan))[1]
