@@ -106,7 +106,9 @@ class LayerStats:
             MomentsError: The other is of other layers, or has another number of latents.
         """
         if (self.layers, self.latents) != (other.layers, other.latents):
-            raise MomentsError(f"layer statistics of {other.latents} latents at layers {other.layers} do not fit {self.latents} at {self.layers}")
+            raise MomentsError(
+                f"layer statistics of {other.latents} latents at layers {other.layers} do not fit {self.latents} at {self.layers}"
+            )
         merged = LayerStats(self.layers, self.latents, self.total.device)
         merged.tokens = self.tokens + other.tokens
         for name, mine in self.tensors().items():
@@ -232,9 +234,7 @@ def layer_variance_intervals(folds: Sequence[LayerStats], weights: str = "activa
     """
     names = ("total", "aggregated", "single", "ratio", "share")
     whole = layer_variance(merged(folds), weights)
-    rest = [
-        layer_variance(merged([fold for fold in folds if fold is not left]), weights) for left in folds if len(folds) > 1
-    ]
+    rest = [layer_variance(merged([fold for fold in folds if fold is not left]), weights) for left in folds if len(folds) > 1]
     found = {}
     for name in names:
         value, spread = getattr(whole, name), jackknife([getattr(one, name) for one in rest])

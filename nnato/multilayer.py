@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 KIND = "layer-stats"
 FILE = "layers.safetensors"
+TOKENS = 100_000
+"""Tokens of all splits in the default text, of two blocks per document."""
 CELLS = 1 << 24
 """Pre-activations held at once: rows are encoded in portions."""
 
@@ -172,7 +174,7 @@ class Reconstruction:
         """Add tokens: residuals and errors, float (layers, n, d_model), and activations, float (layers, n, k)."""
         if not x.shape[1]:
             return
-        part = Reconstruction(*self.mean.shape, self.mean.device)
+        part = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
         rows = x.double()
         part.n = rows.shape[1]
         part.mean = rows.mean(1)
@@ -185,7 +187,7 @@ class Reconstruction:
 
     def merge(self, other: Reconstruction) -> Reconstruction:
         """The sums over both sets of tokens (Chan's formula)."""
-        whole = Reconstruction(*self.mean.shape, self.mean.device)
+        whole = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
         whole.n = self.n + other.n
         share = other.n / max(whole.n, 1)
         step = other.mean - self.mean
@@ -299,8 +301,11 @@ class LayerActivity:
         return merged(self.folds)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """By layer: `fvu` (errors over squared deviations from the mean of each coordinate, an `Interval`), `fvu_mlsae` (over those from one
-        mean of all coordinates, as the authors take it: smaller), `mse`, `l0`, `l1`; where the dictionary reads, so behind a lens.
+        """How well each layer is reconstructed, where the dictionary reads (so behind a lens).
+
+        Returns:
+            By layer: `site`; `fvu`, an `Interval`: errors over squared deviations from the mean of each coordinate; `fvu_mlsae`: over those
+            from one mean of all coordinates, as the authors take it, which is smaller; `mse`; `l0`; `l1`.
         """
         whole = self.reconstruction[0]
         for part in self.reconstruction[1:]:
@@ -341,7 +346,7 @@ def layer_activity(
     Args:
         model: The model.
         sae: The SAE.
-        corpus: The text, tokenised already or not; by default the embedded one, 100,000 tokens.
+        corpus: The text, tokenised already or not; by default so much of the embedded one.
         split: Which documents are read.
         out: A folder for checkpoints and the result; the same call resumes.
         batch_size: Token blocks per forward pass; also what the published numbers take for a batch.
@@ -357,7 +362,7 @@ def layer_activity(
     info = describe(model)
     sae.check_fits(info)
     file = None if out is None else prepare_folder(Path(out).expanduser()) / FILE
-    blocks = tokenize(model, corpus or Corpus(tokens=100_000, per_document=None), progress).only(split)
+    blocks = tokenize(model, corpus or Corpus(tokens=TOKENS), progress).only(split)
     device = next(model._module.parameters()).device
     statistic = LayerStatistic(MultiLayerSAE(sae.dictionary.to(device), sae.sites, sae.lens), info.d_model)
     request = {

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 KIND = "sae-training"
 CHECKPOINT = "checkpoint.safetensors"
 SCALES = ("token", "mean", "none")
+PER_DOCUMENT = 8
+"""Blocks of a document in the default text, so that a few long ones do not make it up."""
 PROBE = 256
 """Tokens of each buffer on which the SAE is scored before it is trained on them."""
 
@@ -149,7 +151,7 @@ def train_sae(
     if lens is not None:
         lens.check_fits(info, chosen)
     folder = prepare_folder(Path(out).expanduser())
-    corpus = corpus or Corpus(tokens=math.ceil(recipe.tokens / FRACTIONS[0]), per_document=None)
+    corpus = corpus or default_corpus(recipe)
     blocks = tokenize(model, corpus, progress).only("train")
     request = {
         "schema": SCHEMA,
@@ -187,6 +189,11 @@ def train_sae(
         lens.save(folder)
     training.save(folder, metadata, rows.factor or 1.0)
     return Trained(folder, chosen, training.history, rows.epochs, info.fingerprint(), blocks.fingerprint)
+
+
+def default_corpus(recipe: Recipe) -> Corpus:
+    """The embedded text, as much of it as a recipe asks for."""
+    return Corpus(tokens=math.ceil(recipe.tokens / FRACTIONS[0]), per_document=PER_DOCUMENT)
 
 
 def standardise(x: torch.Tensor) -> torch.Tensor:

@@ -170,7 +170,7 @@ def test_published_numbers():
 
 
 def test_distributions():
-    stats, dense = of(9, 10)
+    stats, _ = of(9, 10)
     stats.total[0] = 0
     stats.active[0] = stats.spread[0] = 0  # one that was never active
     stats.total[1] = torch.tensor([0.0, 0.0, 5.0, 0.0])  # one that keeps to a layer

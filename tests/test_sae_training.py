@@ -240,4 +240,4 @@ def test_default_text_is_what_the_recipe_asks_for(model, tmp_path, monkeypatch):
     with pytest.raises(Exception, match="too short"):
         train_sae(model, [1], Recipe(tokens=600), out=tmp_path)
     assert asked[0].tokens == 1000
-    assert asked[0].per_document is None
+    assert asked[0].per_document == 8

@@ -26,8 +26,11 @@ text_options = common.options(
     click.option("--text", help="A .txt or .jsonl file, a folder of .txt files, or a datasets id.  [default: python-docs, embedded]"),
     click.option("--tokens", type=int, default=1_000_000, show_default=True, help="Train on so many; short text is read again."),
     click.option("--context", type=int, help="Tokens of a sequence.  [default: 256]"),
+    click.option("--per-document", type=int, help="At most so many sequences of one document; 0: all.  [default: 8]"),
     click.option("--column", help="Text field of .jsonl files and data sets.  [default: text]"),
 )
+TEXT = ("text", "context", "per_document", "column")
+"""Those of them that describe the text."""
 
 
 def run(
@@ -43,12 +46,9 @@ def run(
     text: dict[str, Any],
 ) -> Trained:
     """Load everything and train."""
-    import math
-
-    from nnato.corpus import FRACTIONS, Corpus
     from nnato.lens import Lens
     from nnato.models import describe
-    from nnato.sae_training import train_sae
+    from nnato.sae_training import default_corpus, train_sae
     from nnato.sites import parse_sites
     from nnato.storage import prepare_folder
 
@@ -61,7 +61,7 @@ def run(
             None if sites is None else parse_sites(sites, describe(loaded).blocks),
             recipe,
             out=out,
-            corpus=common.make_corpus(Corpus(tokens=math.ceil(recipe.tokens / FRACTIONS[0]), per_document=None), **text),
+            corpus=common.make_corpus(default_corpus(recipe), **text),
             lens=loaded_lens,
             batch_size=batch_size,
             progress=progress,
