@@ -207,8 +207,8 @@ def backward_maps(
     for site in sites:
         train, validation, test = (Regression.of(moments[split, site], _SIDES) for split in ("train", "validation", "test"))
         weight = Solver(Method()).solve(train, validation).weight
-        rows = test.about(train)
-        errors = float(rows.yy.trace()) + float((weight * (rows.xx @ weight - 2 * rows.xy)).sum())
+        judged = test.about(train)
+        errors = float(judged.yy.trace()) + float((weight * (judged.xx @ weight - 2 * judged.xy)).sum())
         power = float(test.yy.trace())
         made = AffineMap.make(site, site, weight, train.x_mean, train.y_mean)
         found[site] = BackwardMap(made, errors / power, float(exact[site][0]) / power)

@@ -160,7 +160,8 @@ def _token(activity: PromptActivity, position: int) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
 :root {{ color-scheme: light dark; --ink: #1d3557; --paper: #fff; --fill: 42 111 151; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6edf3; --paper: #14181d; --fill: 137 194 217; }} }}
 body {{ font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5rem; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def layer_cosines(
             progress(stage, len(plan), len(plan))
     folds = torch.stack(list(sums.values()))
     found = []
-    for number, pair in enumerate(zip(sites[:-1], sites[1:], strict=True)):
+    for number, pair in enumerate(itertools.pairwise(sites)):
         n, first, second = folds[:, :, number].T
         mean, spread = float(first.sum() / n.sum()), ratio_spread(first, n)
         std = math.sqrt(max(float(second.sum() / n.sum()) - mean**2, 0.0))

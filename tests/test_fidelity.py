@@ -49,7 +49,7 @@ def test_costs_are_those_of_hooks(any_model, corpus):
         clean = torch.log_softmax(logits[0].double(), -1)
         for site in sae.sites:
 
-            def replace(residual, _):
+            def replace(residual, _, allowed=allowed):
                 new = residual.clone()
                 new[allowed] = sae.dictionary.decode(sae.dictionary.encode(residual[allowed]), residual[allowed])
                 return new

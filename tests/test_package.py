@@ -32,7 +32,7 @@ ROWS = [
     {"fitting", "efficiency", "edits"},
     {"effects", "controls", "scaling", "lens"},
     {"perplexity", "lens_training", "multilayer"},
-    {"plots", "generation", "fidelity", "similarity", "top_examples", "prompts"},
+    {"plots", "generation", "fidelity", "similarity", "top_examples", "prompts", "latent_transport"},
     {"cli"},
 ]
 
