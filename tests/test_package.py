@@ -33,6 +33,7 @@ ROWS = [
     {"effects", "controls", "scaling", "lens"},
     {"perplexity", "lens_training", "multilayer"},
     {"plots", "generation", "fidelity", "similarity", "top_examples", "prompts", "latent_transport"},
+    {"layer_plots", "published"},
     {"cli"},
 ]
 
