@@ -34,6 +34,7 @@ from nnato.storage import (
     read_artifact,
     read_metadata,
     require,
+    require_entries,
     write_artifact,
 )
 from nnato.transport_moments import TransportMoments
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 FILE = "moments.safetensors"
 KIND = "moments"
+_RECORDS = ("rows", "files", "request", "model", "text", "medians", "excluded", "provenance")
 TOKENS_PER_DIMENSION = 80
 """Tokens read by default, per dimension of the residual stream (51,200 at d_model 640; the paper uses 108)."""
 
@@ -405,21 +407,7 @@ def load_moments(path: str | Path) -> Accumulated:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    for key in (
-        "pairs",
-        "d_model",
-        "rows",
-        "files",
-        "request",
-        "cursor",
-        "batches",
-        "model",
-        "text",
-        "medians",
-        "excluded",
-        "sinks",
-    ):
-        require(key in metadata, file, f"{key} is missing")
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
     if metadata["cursor"] != metadata["batches"]:
         raise MomentsError(
             f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"

@@ -222,9 +222,9 @@ def _read(
                     found[name] = torch.cat([entries[row : row + 1] for row in rows[name]])
                 else:
                     found[name] = file.get_tensor(name)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged or not a safetensors file ({error}); make it again") from None
-    if not isinstance(header, dict) or not isinstance(header.get("schema"), int) or "kind" not in header:
+    if not isinstance(header, dict) or type(header.get("schema")) is not int or header["schema"] < 1 or "kind" not in header:
         raise FileFormatError(f"{path} is a safetensors file, but not one of nnato's")
     if header["schema"] > SCHEMA:
         raise FileFormatError(f"{path} has schema {header['schema']}, this nnato reads up to {SCHEMA}; upgrade nnato")
@@ -241,3 +241,14 @@ def require(condition: bool, path: Path, what: str) -> None:
     """
     if not condition:
         raise FileFormatError(f"{path} is inconsistent: {what}; make it again")
+
+
+def require_entries(metadata: Mapping[str, Any], path: Path, **types: type) -> None:
+    """Refuse a readable file whose metadata lack an entry, or have one of another type.
+
+    Raises:
+        FileFormatError: With its name.
+    """
+    for name, wanted in types.items():
+        require(name in metadata, path, f"{name} is missing")
+        require(type(metadata[name]) is wanted, path, f"{name} is not a {wanted.__name__}")
