@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,20 @@ from nnato.remote import Server
 from nnato.remote_moments import RemoteMoments
 from nnato.sites import Pair, default_pairs, default_sites, grid, make_pair
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
-from nnato.storage import SCHEMA, check_space, prepare_cache, prepare_folder, provenance, read_artifact, require, write_artifact
+from nnato.storage import (
+    SCHEMA,
+    Metadata,
+    check_space,
+    exclusive,
+    prepare_cache,
+    prepare_folder,
+    provenance,
+    read_artifact,
+    read_metadata,
+    require,
+    require_entries,
+    write_artifact,
+)
 from nnato.transport_moments import TransportMoments
 
 if TYPE_CHECKING:
@@ -29,6 +44,7 @@ if TYPE_CHECKING:
 
 FILE = "moments.safetensors"
 KIND = "moments"
+_RECORDS = ("rows", "files", "request", "model", "text", "medians", "excluded", "provenance")
 TOKENS_PER_DIMENSION = 80
 """Tokens read by default, per dimension of the residual stream (51,200 at d_model 640; the paper uses 108)."""
 
@@ -87,12 +103,14 @@ def stream(
     batch_size: int = 8,
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
+    medians: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
 
     Checkpoints lie on batch boundaries and hold state, cursor, frozen medians and request in one file, so a run that was killed ends in
-    the same bits as one that was not.
+    the same bits as one that was not. The last but one is kept beside it until the end: if the last one cannot be read, a warning says so
+    and the run goes on from there.
 
     Args:
         model: The model.
@@ -105,6 +123,8 @@ def stream(
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
+        medians: Median norms of the statistic's sites from an earlier run, float64 (sites,), so that the same tokens are sinks; by default
+            those of the first batch.
         progress: Told of each batch.
 
     Returns:
@@ -112,13 +132,60 @@ def stream(
 
     Raises:
         MomentsError: The file holds another request.
+        FileFormatError: No checkpoint can be read.
         ActivationError: A residual is not finite; the last checkpoint stays as it is.
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, or another process is writing it.
     """
+    with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
+        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, progress)
+
+
+def _finished(file: Path) -> bool:
+    try:
+        metadata = read_metadata(file)
+    except FileFormatError:
+        return False
+    return "cursor" in metadata and metadata["cursor"] == metadata.get("batches")
+
+
+def _previous(file: Path) -> Path:
+    """Where the last checkpoint but one is."""
+    return file.with_stem(f"{file.stem}.previous")
+
+
+def _checkpoint(file: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata] | None:
+    """The last checkpoint that can be read, if there are any."""
+    before = _previous(file)
+    if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
+        return read_artifact(before, kind) if before.exists() else None
+    try:
+        return read_artifact(file, kind)
+    except FileFormatError as damage:
+        if not before.exists():
+            raise
+        found = read_artifact(before, kind)
+        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
+        return found
+
+
+def _stream(
+    model: TransformersModel,
+    blocks: TokenBlocks,
+    statistic: Statistic,
+    request: Mapping[str, Any],
+    about: Mapping[str, Any],
+    file: Path | None,
+    kind: str,
+    batch_size: int,
+    checkpoint_every: int,
+    remote: RemoteMoments | None,
+    medians: torch.Tensor | None,
+    progress: Progress | None,
+) -> Metadata:
     plan = blocks.plan(batch_size)
-    classes, cursor = TokenClasses(), 0
-    if file is not None and file.exists():
-        tensors, metadata = read_artifact(file, kind)
+    classes, cursor = TokenClasses(medians), 0
+    if file is not None and (found := _checkpoint(file, kind)):
+        tensors, metadata = found
         if metadata.get("request") != dict(request):
             raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
@@ -129,13 +196,13 @@ def stream(
 
     def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         tensors, own = statistic.state()
-        medians = [] if classes.medians is None else classes.medians.tolist()
+        frozen = [] if classes.medians is None else classes.medians.tolist()
         sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
         return tensors, own | dict(about) | {
             "request": dict(request),
             "cursor": cursor,
             "batches": len(plan),
-            "medians": {str(site): median for site, median in zip(statistic.sites, medians, strict=True)},
+            "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
             "excluded": dict(classes.excluded),
             "sinks": sinks,
             "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
@@ -150,7 +217,9 @@ def stream(
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
         if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, kind, *snapshot(cursor))
+            write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
+            if cursor == len(plan):
+                _previous(file).unlink(missing_ok=True)
     if progress is not None:
         progress("forward passes", len(plan), len(plan))
     return snapshot(len(plan))[1]
@@ -162,7 +231,7 @@ def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statisti
     excluded = tokens.mask.to(ordinary.device) & ~ordinary
     documents = tokens.documents.to(ordinary.device)
     try:
-        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold))
+        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold, tokens.ids))
     except NonFinite as error:
         raise located(error, model, tokens) from None
 
@@ -345,21 +414,7 @@ def load_moments(path: str | Path) -> Accumulated:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    for key in (
-        "pairs",
-        "d_model",
-        "rows",
-        "files",
-        "request",
-        "cursor",
-        "batches",
-        "model",
-        "text",
-        "medians",
-        "excluded",
-        "sinks",
-    ):
-        require(key in metadata, file, f"{key} is missing")
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
     if metadata["cursor"] != metadata["batches"]:
         raise MomentsError(
             f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"
