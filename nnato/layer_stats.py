@@ -17,7 +17,7 @@ import torch
 from nnato.errors import MomentsError
 from nnato.intervals import Interval, jackknife
 
-ENTRIES = 1 << 16
+ENTRIES = 1 << 14
 """Active latents, layer by layer, that are sorted at once."""
 WEIGHTS = ("activation", "uniform", "published")
 """Ways to weigh (token, latent) pairs: by A, all that are active alike, or as in the authors' code, where inactive ones count too."""
