@@ -99,9 +99,11 @@ def stream(
     about: Mapping[str, Any],
     *,
     file: Path | None = None,
+    kind: str = KIND,
     batch_size: int = 8,
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
+    medians: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
@@ -117,9 +119,12 @@ def stream(
         request: Identifies the run, in JSON; a file of another request is refused.
         about: More for the file's metadata.
         file: Where to keep checkpoints and the result.
+        kind: What the file holds.
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
+        medians: Median norms of the statistic's sites from an earlier run, float64 (sites,), so that the same tokens are sinks; by default
+            those of the first batch.
         progress: Told of each batch.
 
     Returns:
@@ -132,7 +137,7 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, progress)
+        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, progress)
 
 
 def _finished(file: Path) -> bool:
@@ -148,17 +153,17 @@ def _previous(file: Path) -> Path:
     return file.with_stem(f"{file.stem}.previous")
 
 
-def _checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Metadata] | None:
+def _checkpoint(file: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata] | None:
     """The last checkpoint that can be read, if there are any."""
     before = _previous(file)
     if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
-        return read_artifact(before, KIND) if before.exists() else None
+        return read_artifact(before, kind) if before.exists() else None
     try:
-        return read_artifact(file, KIND)
+        return read_artifact(file, kind)
     except FileFormatError as damage:
         if not before.exists():
             raise
-        found = read_artifact(before, KIND)
+        found = read_artifact(before, kind)
         warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
         return found
 
@@ -170,17 +175,19 @@ def _stream(
     request: Mapping[str, Any],
     about: Mapping[str, Any],
     file: Path | None,
+    kind: str,
     batch_size: int,
     checkpoint_every: int,
     remote: RemoteMoments | None,
+    medians: torch.Tensor | None,
     progress: Progress | None,
 ) -> Metadata:
     plan = blocks.plan(batch_size)
-    classes, cursor = TokenClasses(), 0
-    if file is not None and (found := _checkpoint(file)):
+    classes, cursor = TokenClasses(medians), 0
+    if file is not None and (found := _checkpoint(file, kind)):
         tensors, metadata = found
         if metadata.get("request") != dict(request):
-            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
+            raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
         statistic.restore(tensors, metadata)
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
@@ -189,13 +196,13 @@ def _stream(
 
     def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         tensors, own = statistic.state()
-        medians = [] if classes.medians is None else classes.medians.tolist()
+        frozen = [] if classes.medians is None else classes.medians.tolist()
         sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
         return tensors, own | dict(about) | {
             "request": dict(request),
             "cursor": cursor,
             "batches": len(plan),
-            "medians": {str(site): median for site, median in zip(statistic.sites, medians, strict=True)},
+            "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
             "excluded": dict(classes.excluded),
             "sinks": sinks,
             "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
@@ -210,7 +217,7 @@ def _stream(
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
         if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(cursor), keep=_previous(file))
+            write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
             if cursor == len(plan):
                 _previous(file).unlink(missing_ok=True)
     if progress is not None:
@@ -224,7 +231,7 @@ def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statisti
     excluded = tokens.mask.to(ordinary.device) & ~ordinary
     documents = tokens.documents.to(ordinary.device)
     try:
-        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold))
+        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold, tokens.ids))
     except NonFinite as error:
         raise located(error, model, tokens) from None
 
