@@ -79,6 +79,7 @@ def _put_together(shards: Sequence[tuple[Path, Metadata]], folder: Path, run: Ru
         if there.get("request") != shards[0][1]["request"] or "shard" in there:
             raise MomentsError(f"{file} holds moments of another model, text, shard or request; choose another --out, or delete it")
         return load_moments(file)
+    opened = [_opened(*shard) for shard in shards]
     files = {(shard, key): shard / f"{key}.safetensors" for shard, metadata in shards for key in metadata["files"]}
     parts = sorted({total_of(key) for _, key in files})
     largest = {part: max(path.stat().st_size for (_, key), path in files.items() if total_of(key) == part) for part in parts}
@@ -90,7 +91,7 @@ def _put_together(shards: Sequence[tuple[Path, Metadata]], folder: Path, run: Ru
         rows[part] = n
         if progress is not None:
             progress("merging", len(rows), len(jobs))
-    shuffled = _added_up([_opened(*shard) for shard in shards], "shuffled") if "shuffled" in parts else None
+    shuffled = _added_up(opened, "shuffled") if "shuffled" in parts else None
     tensors = {} if shuffled is None else {"shuffled.mean": shuffled.mean, "shuffled.scatter": shuffled.scatter}
     inside = {} if shuffled is None else {"shuffled": shuffled.n}
     write_artifact(file, KIND, tensors, _joined([metadata for _, metadata in shards]) | {"rows": inside, "files": rows})

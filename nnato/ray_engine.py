@@ -279,7 +279,7 @@ class _Run:
     progress: Progress | None
     say: Callable[[str], None]
     lost: dict[Shard, int] = field(default_factory=dict)
-    running: dict[Any, tuple[int, Any, Shard]] = field(default_factory=dict)
+    running: dict[Any, tuple[int, Shard]] = field(default_factory=dict)
 
     def all(self) -> None:
         """Do the shards that are not there yet."""
@@ -295,21 +295,25 @@ class _Run:
         def start(number: int) -> Any:
             return make.remote(number, self.task, ids, text, board)
 
-        idle = {number: start(number) for number in range(1, min(self.cluster.workers, len(left)) + 1)}
-        while left or self.running:
-            while left and idle:
-                number, worker = idle.popitem()
-                shard = left.pop(0)
-                self.running[worker.run.remote(shard)] = number, worker, shard
-            ended, _ = self.ray.wait(list(self.running), timeout=0.5)
-            for reference in ended:
-                number, worker, shard = self.running.pop(reference)
-                if not self._succeeded(reference, number, shard):
-                    left.insert(0, shard)
-                    self.ray.kill(worker)
-                    worker = start(number)
-                idle[number] = worker
-            self._show(board)
+        workers = {number: start(number) for number in range(1, min(self.cluster.workers, len(left)) + 1)}
+        idle = set(workers)
+        try:
+            while left or self.running:
+                while left and idle:
+                    number, shard = idle.pop(), left.pop(0)
+                    self.running[workers[number].run.remote(shard)] = number, shard
+                ended, _ = self.ray.wait(list(self.running), timeout=0.5)
+                for reference in ended:
+                    number, shard = self.running.pop(reference)
+                    if not self._succeeded(reference, number, shard):
+                        left.insert(0, shard)
+                        self.ray.kill(workers[number])
+                        workers[number] = start(number)
+                    idle.add(number)
+                self._show(board)
+        finally:  # their cores and GPUs are needed for what comes next
+            for worker in workers.values():
+                self.ray.kill(worker)
 
     def _resources(self) -> dict[str, float]:
         """What a worker asks Ray for: one GPU each where there are any.
