@@ -189,7 +189,7 @@ def _stream(
     if file is not None and (found := _checkpoint(file)):
         tensors, metadata = found
         if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
-            raise MomentsError(f"{file} holds moments of another model, text, shard or request; choose another --out, or delete it")
+            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
         statistic.restore(tensors, metadata)
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)

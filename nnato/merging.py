@@ -77,7 +77,7 @@ def _put_together(shards: Sequence[tuple[Path, Metadata]], folder: Path, run: Ru
     if file.exists():
         there = read_metadata(file, KIND)
         if there.get("request") != shards[0][1]["request"] or "shard" in there:
-            raise MomentsError(f"{file} holds moments of another model, text, shard or request; choose another --out, or delete it")
+            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
         return load_moments(file)
     opened = [_opened(*shard) for shard in shards]
     files = {(shard, key): shard / f"{key}.safetensors" for shard, metadata in shards for key in metadata["files"]}
