@@ -100,15 +100,18 @@ def main() -> None:
     print(f"\nablation of figure 5: {(whole + edited) / 1e15:.1f} PFLOP; from whole passes {64 * whole / 1e15:.1f}")
     for gpu, (single, _) in PEAKS.items():
         print(f"  {gpu}: {(whole + edited) / (shares[0] * single * 1e12):,.0f} s")
-    cluster(figures[1], shares)
+    for figure in figures[:2]:
+        cluster(figure, shares)
 
 
 def cluster(figure: Figure, shares: tuple[float, float]) -> None:
-    """All pairs from 10 million tokens on a cluster of A100s, four shards to a worker, files at 2 GB/s for all nodes together."""
+    """A figure's pairs from 10 million tokens on a cluster of A100s, four shards to a worker, files at 2 GB/s for all nodes together."""
     scale, starting, disk = 10_000_000 / TOKENS, 60.0, 2e9
     one = figure.seconds("A100", shares)[0] * scale
     part, null = 8 * D**2 * (len(figure.pairs) + figure.sites), 8 * D**2 * len(figure.pairs)
-    print("\n| workers | passes, s | first batch again, s | merge, TB | merge, s | in all, s | efficiency |\n|---|---|---|---|---|---|---|")
+    print(
+        f"\n{figure.name}, 10 million tokens\n\n| workers | passes, s | first batch again, s | merge, TB | merge, s | in all, s | efficiency |\n|---|---|---|---|---|---|---|"
+    )
     for workers in (1, 4, 16, 64):
         shards = 4 * workers
         # Ordinary parts: one for each fold a shard touches; excluded tokens of the splits it touches, and the null of those that train.

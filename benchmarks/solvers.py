@@ -123,14 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="576x100000x3,2304x20000x3", help="width x tokens x repeats, …")
     parser.add_argument("--name", default="solvers", help="of the file in benchmarks/results")
+    parser.add_argument("--only", help="of the ways, these besides scikit-learn, separated by ;  [default: all]")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
         with tempfile.TemporaryDirectory() as small:  # libraries load what they use on first use: not part of the measurement
             make(Path(small), 16, 500)
-            for work in ROLES.values():
-                work(Path(small))
+            ROLES[arguments.role](Path(small))
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         idle = resident("VmRSS")
         began = time.process_time()
@@ -140,18 +140,19 @@ def main() -> None:
         return
     from nnato.storage import provenance
 
+    roles = ["scikit-learn", *arguments.only.split(";")] if arguments.only else list(ROLES)
     record: dict[str, object] = {"penalties": 8, "folds": FOLDS, "sizes": []}
     for size in arguments.sizes.split(","):
         d, n, repeats = (int(part) for part in size.split("x"))
         with tempfile.TemporaryDirectory() as scratch:
             make(Path(scratch), d, n)
-            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(repeats)]
-        chosen = {turn[role]["alpha"] for turn in turns for role in ROLES}
+            turns = [{role: run(role, Path(scratch)) for role in roles} for _ in range(repeats)]
+        chosen = {turn[role]["alpha"] for turn in turns for role in roles}
         if len(chosen) != 1:
             raise SystemExit(f"different penalties were chosen: {turns}")
         entry = {"d_model": d, "tokens": n, "repeats": repeats, "alpha": chosen.pop()}
         for key in ("cpu_s", "peak_mib"):
-            for role in ROLES:
+            for role in roles:
                 entry[f"{key}, {role}"] = statistics.median(turn[role][key] for turn in turns)
                 if role != "scikit-learn":
                     entry[f"{key} ratio, {role}"] = statistics.median(turn["scikit-learn"][key] / turn[role][key] for turn in turns)
