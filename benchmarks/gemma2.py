@@ -109,9 +109,8 @@ def cluster(figure: Figure, shares: tuple[float, float]) -> None:
     scale, starting, disk = 10_000_000 / TOKENS, 60.0, 2e9
     one = figure.seconds("A100", shares)[0] * scale
     part, null = 8 * D**2 * (len(figure.pairs) + figure.sites), 8 * D**2 * len(figure.pairs)
-    print(
-        f"\n{figure.name}, 10 million tokens\n\n| workers | passes, s | first batch again, s | merge, TB | merge, s | in all, s | efficiency |\n|---|---|---|---|---|---|---|"
-    )
+    print(f"\n{figure.name}, 10 million tokens\n")
+    print("| workers | passes, s | first batch again, s | merge, TB | merge, s | in all, s | efficiency |\n|---|---|---|---|---|---|---|")
     for workers in (1, 4, 16, 64):
         shards = 4 * workers
         # Ordinary parts: one for each fold a shard touches; excluded tokens of the splits it touches, and the null of those that train.

@@ -167,7 +167,7 @@ def draw(now: dict[str, Row]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.tick_params(labelsize=8)
-    axes.set_xlabel("CPU time over the bare forward pass of the same blocks (black: 1; red: target)", fontsize=8)
+    axes.set_xlabel("CPU time over the bare forward pass\n(black: 1; red: target)", fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(FIGURE, dpi=110)
