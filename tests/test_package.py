@@ -22,7 +22,7 @@ ROWS = [
     {"remote"},
     {"blocks", "passes", "residuals"},
     {"trace", "statistics"},
-    {"dry_run"},
+    {"dry_run", "progress"},
     {"models", "moments"},
     {"transport_moments", "reduction", "linalg", "regression", "intervals"},
     {"remote_moments", "metrics", "operators"},
@@ -32,7 +32,7 @@ ROWS = [
     {"fitting", "efficiency", "edits"},
     {"effects", "controls", "scaling"},
     {"perplexity"},
-    {"plots", "generation"},
+    {"plots", "generation", "report"},
     {"cli"},
 ]
 

@@ -52,10 +52,11 @@ def command(
     \b
     Examples:
       nnato accumulate
-      nnato accumulate google/gemma-2-2b --source 10 --leap 1-10 --text monology/pile-uncopyrighted --tokens 250000
+      nnato accumulate smollm2 --source 5 --leap 1-8 --out moments-smollm2/
+      nnato accumulate google/gemma-2-2b --text monology/pile-uncopyrighted
       nnato accumulate google/gemma-2-2b --pairs 10:12 --remote
     """
-    from nnato.accumulation import FILE, accumulate, default_corpus, default_pairs_of
+    from nnato.accumulation import FILE, accumulate, default_corpus, default_pairs_of, tokenize
     from nnato.errors import RemoteError, SiteError
     from nnato.models import describe
     from nnato.sites import grid, parse_sites
@@ -76,11 +77,15 @@ def command(
             chosen = grid(parse_sites(sites, info.blocks))
             if not chosen:
                 raise SiteError(f"--sites {sites}: a pair needs two sites")
+        chosen = chosen or default_pairs_of(info)
+        corpus = common.make_corpus(default_corpus(info), **text)
+        blocks = tokenize(loaded, corpus, progress)
+        common.announce_moments(loaded, chosen, corpus.folds)
         with remote.open(server, loaded) as where:
             result = accumulate(
                 loaded,
-                common.make_corpus(default_corpus(info), **text),
-                chosen or default_pairs_of(info),
+                blocks,
+                chosen,
                 out=out,
                 device=sums_on,
                 batch_size=batch_size,
