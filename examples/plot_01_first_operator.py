@@ -1,5 +1,4 @@
-"""
-The first operator
+"""The first operator
 ==================
 
 An *activation transport operator* is an affine map that predicts the residual stream after one block from the residual of the same token

@@ -16,6 +16,7 @@ import torch
 from nnato.corpus import SPLITS, Corpus, TokenBatch, TokenBlocks
 from nnato.errors import FileFormatError, MomentsError, SiteError
 from nnato.models import ModelInfo, check_text, describe
+from nnato.notebook import html_table
 from nnato.reduction import SINK_RATIO, TokenClasses, capture, located
 from nnato.remote import Server
 from nnato.remote_moments import RemoteMoments
@@ -56,6 +57,14 @@ class Accumulated:
     sink_tokens: dict[str, int]
     medians: dict[str, float]
     provenance: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        rows = [(split, count) for split, count in self.tokens.items()]
+        rows += [(f"left out: {reason.replace('_', ' ')}", count) for reason, count in self.excluded.items()]
+        title = (
+            f"Moments of {len(self.moments.pairs)} pairs · {self.model['name']}, {self.text['source']}, {self.text['documents']} documents"
+        )
+        return html_table(title, ("tokens", "count"), rows, "pairs: " + ", ".join(f"{s} → {t}" for s, t in self.moments.pairs))
 
     @staticmethod
     def of(moments: TransportMoments, metadata: Mapping[str, Any]) -> Accumulated:

@@ -16,7 +16,7 @@ import nnato
 ROOT = Path(nnato.__file__).parent
 ROWS = [
     {"errors"},
-    {"sites", "storage"},
+    {"sites", "storage", "notebook"},
     {"embedded", "corpus"},
     {"nnsight_setup"},
     {"remote"},
