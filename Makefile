@@ -28,7 +28,7 @@ bench: .venv/test.stamp
 	.venv/bin/python benchmarks/solvers.py
 	.venv/bin/python benchmarks/remote.py
 	.venv/bin/python benchmarks/ablation.py
-	.venv/bin/python benchmarks/ablation.py --model smollm2
+	.venv/bin/python benchmarks/ablation.py --model smollm2 --targets 10,18,25
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

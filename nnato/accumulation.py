@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,20 @@ from nnato.remote import Server
 from nnato.remote_moments import RemoteMoments
 from nnato.sites import Pair, default_pairs, default_sites, grid, make_pair
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
-from nnato.storage import SCHEMA, check_space, prepare_cache, prepare_folder, provenance, read_artifact, require, write_artifact
+from nnato.storage import (
+    SCHEMA,
+    Metadata,
+    check_space,
+    exclusive,
+    prepare_cache,
+    prepare_folder,
+    provenance,
+    read_artifact,
+    read_metadata,
+    require,
+    require_entries,
+    write_artifact,
+)
 from nnato.transport_moments import TransportMoments
 
 if TYPE_CHECKING:
@@ -30,6 +45,7 @@ if TYPE_CHECKING:
 
 FILE = "moments.safetensors"
 KIND = "moments"
+_RECORDS = ("rows", "files", "request", "model", "text", "medians", "excluded", "provenance")
 TOKENS_PER_DIMENSION = 80
 """Tokens read by default, per dimension of the residual stream (51,200 at d_model 640; the paper uses 108)."""
 
@@ -100,7 +116,8 @@ def stream(
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
 
     Checkpoints lie on batch boundaries and hold state, cursor, frozen medians and request in one file, so a run that was killed ends in
-    the same bits as one that was not.
+    the same bits as one that was not. The last but one is kept beside it until the end: if the last one cannot be read, a warning says so
+    and the run goes on from there.
 
     Args:
         model: The model.
@@ -119,13 +136,58 @@ def stream(
 
     Raises:
         MomentsError: The file holds another request.
+        FileFormatError: No checkpoint can be read.
         ActivationError: A residual is not finite; the last checkpoint stays as it is.
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, or another process is writing it.
     """
+    with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
+        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, progress)
+
+
+def _finished(file: Path) -> bool:
+    try:
+        metadata = read_metadata(file)
+    except FileFormatError:
+        return False
+    return "cursor" in metadata and metadata["cursor"] == metadata.get("batches")
+
+
+def _previous(file: Path) -> Path:
+    """Where the last checkpoint but one is."""
+    return file.with_stem(f"{file.stem}.previous")
+
+
+def _checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Metadata] | None:
+    """The last checkpoint that can be read, if there are any."""
+    before = _previous(file)
+    if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
+        return read_artifact(before, KIND) if before.exists() else None
+    try:
+        return read_artifact(file, KIND)
+    except FileFormatError as damage:
+        if not before.exists():
+            raise
+        found = read_artifact(before, KIND)
+        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
+        return found
+
+
+def _stream(
+    model: TransformersModel,
+    blocks: TokenBlocks,
+    statistic: Statistic,
+    request: Mapping[str, Any],
+    about: Mapping[str, Any],
+    file: Path | None,
+    batch_size: int,
+    checkpoint_every: int,
+    remote: RemoteMoments | None,
+    progress: Progress | None,
+) -> Metadata:
     plan = blocks.plan(batch_size)
     classes, cursor = TokenClasses(), 0
-    if file is not None and file.exists():
-        tensors, metadata = read_artifact(file, KIND)
+    if file is not None and (found := _checkpoint(file)):
+        tensors, metadata = found
         if metadata.get("request") != dict(request):
             raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
@@ -157,7 +219,9 @@ def stream(
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
         if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(cursor))
+            write_artifact(file, KIND, *snapshot(cursor), keep=_previous(file))
+            if cursor == len(plan):
+                _previous(file).unlink(missing_ok=True)
     if progress is not None:
         progress("forward passes", len(plan), len(plan))
     return snapshot(len(plan))[1]
@@ -352,21 +416,7 @@ def load_moments(path: str | Path) -> Accumulated:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    for key in (
-        "pairs",
-        "d_model",
-        "rows",
-        "files",
-        "request",
-        "cursor",
-        "batches",
-        "model",
-        "text",
-        "medians",
-        "excluded",
-        "sinks",
-    ):
-        require(key in metadata, file, f"{key} is missing")
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
     if metadata["cursor"] != metadata["batches"]:
         raise MomentsError(
             f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"

@@ -13,7 +13,7 @@ from nnato.linalg import random_orthogonal
 from nnato.notebook import html_table
 from nnato.regression import Regression
 from nnato.sites import Pair, ResidualSite, make_pair
-from nnato.storage import read_artifact, require, write_artifact
+from nnato.storage import read_artifact, require, require_entries, write_artifact
 
 KIND = "operator"
 _TENSORS = ("weight", "source_mean", "target_mean")
@@ -153,8 +153,8 @@ class TransportOperator(AffineMap):
         for name, tensor in tensors.items():
             require(tensor.dtype == torch.float64, path, f"{name} is not float64")
             require(bool(torch.isfinite(tensor).all()), path, f"{name} holds values that are not finite")
-        require(isinstance(metadata.get("details"), dict), path, "its metadata are incomplete")
-        require({"source", "target", "name", "details"} <= set(metadata), path, "its metadata are incomplete")
+        require({"source", "target"} <= set(metadata), path, "source or target is missing")
+        require_entries(metadata, path, name=str, details=dict)
         try:
             source, target = make_pair(metadata["source"], metadata["target"])
             return TransportOperator(source, target, **tensors, name=metadata["name"], details=metadata["details"])

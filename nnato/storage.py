@@ -7,6 +7,7 @@ and whatever the owner needs. Loading executes nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -91,11 +92,38 @@ def check_space(folder: Path, needed: int, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes away from an output while the block runs. The system gives it free when the process ends, however it does.
+
+    Args:
+        path: A file that is written over and over, or a folder. The lock is a hidden file beside the file, or in the folder.
+
+    Raises:
+        OutputError: Another process works on it, or the folder cannot be written to.
+    """
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    try:
+        file = lock.open("a")
+    except OSError as error:
+        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces `path` durably (fsync, rename, fsync of the folder).
 
     The temporary lies in a folder of its own beside `path`: what writes there may leave temporaries of its own when it is killed, as
     safetensors does, and they are found again with the folder.
+
+    Args:
+        path: The file.
+        keep: Where to move what was at `path` before.
 
     Raises:
         OutputError: The file could not be written; what was at `path` is untouched.
@@ -108,6 +136,8 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -128,8 +158,15 @@ def _remove_orphans(path: Path) -> None:
             shutil.rmtree(orphan, ignore_errors=True)
 
 
-def write_artifact(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
+def write_artifact(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: Metadata, keep: Path | None = None) -> None:
     """Write tensors and metadata to one file, atomically and durably.
+
+    Args:
+        path: The file.
+        kind: What it is.
+        tensors: The tensors, on any device.
+        metadata: What else there is to say, in JSON.
+        keep: Where to move what was at `path` before.
 
     Raises:
         OutputError: The file could not be written; what was there before is untouched.
@@ -140,7 +177,7 @@ def write_artifact(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], m
         plain = tensor.detach().cpu().contiguous()
         shared = any(plain.data_ptr() == other.data_ptr() for other in contiguous.values())
         contiguous[name] = plain.clone() if shared else plain  # safetensors refuses tensors that share memory
-    with atomic(path) as temporary:
+    with atomic(path, keep) as temporary:
         try:
             save_file(contiguous, temporary, header)
         except SafetensorError as error:  # how safetensors reports a failed write
@@ -185,9 +222,9 @@ def _read(
                     found[name] = torch.cat([entries[row : row + 1] for row in rows[name]])
                 else:
                     found[name] = file.get_tensor(name)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged or not a safetensors file ({error}); make it again") from None
-    if not isinstance(header, dict) or not isinstance(header.get("schema"), int) or "kind" not in header:
+    if not isinstance(header, dict) or type(header.get("schema")) is not int or header["schema"] < 1 or "kind" not in header:
         raise FileFormatError(f"{path} is a safetensors file, but not one of nnato's")
     if header["schema"] > SCHEMA:
         raise FileFormatError(f"{path} has schema {header['schema']}, this nnato reads up to {SCHEMA}; upgrade nnato")
@@ -204,3 +241,14 @@ def require(condition: bool, path: Path, what: str) -> None:
     """
     if not condition:
         raise FileFormatError(f"{path} is inconsistent: {what}; make it again")
+
+
+def require_entries(metadata: Mapping[str, Any], path: Path, **types: type) -> None:
+    """Refuse a readable file whose metadata lack an entry, or have one of another type.
+
+    Raises:
+        FileFormatError: With its name.
+    """
+    for name, wanted in types.items():
+        require(name in metadata, path, f"{name} is missing")
+        require(type(metadata[name]) is wanted, path, f"{name} is not a {wanted.__name__}")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -24,7 +25,7 @@ from nnato.errors import ActivationError, FileFormatError, MomentsError, OutputE
 from nnato.models import describe, wrap
 from nnato.moments import Moments
 from nnato.sites import ResidualSite
-from nnato.storage import read_artifact, write_artifact
+from nnato.storage import exclusive, read_artifact, write_artifact
 from nnato.transport_moments import TransportMoments
 
 PAIRS = [("embed", 1), (0, 3)]
@@ -101,7 +102,8 @@ def test_sinks_are_found_at_any_site_and_counted():
 def test_no_activation_is_kept_on_disk(model, corpus, tmp_path):
     result = accumulate(model, corpus, PAIRS, out=tmp_path / "m")
     shapes = set()
-    for path in (tmp_path / "m").iterdir():
+    assert {path.name for path in (tmp_path / "m").iterdir() if path.suffix != ".safetensors"} == {f".{FILE}.lock"}
+    for path in (tmp_path / "m").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             shapes |= {tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     blocks = len(result.moments.of("train").blocks)
@@ -161,6 +163,74 @@ def test_an_interrupted_run_resumes_to_the_same_bits(model, corpus, tmp_path, st
     before = (tmp_path / FILE).read_bytes()
     assert_same_bits(accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4), whole)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def stopped_after(model, corpus, out, batches):
+    def progress(stage, done, total):
+        if stage == "forward passes" and done == batches:
+            raise StopError
+
+    with pytest.raises(StopError):
+        accumulate(model, corpus, PAIRS, out=out, batch_size=4, checkpoint_every=1, progress=progress)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(model, corpus, tmp_path, damage):
+    whole = accumulate(model, corpus, PAIRS, out=tmp_path / "whole", batch_size=4)
+    out = tmp_path / "damaged"
+    stopped_after(model, corpus, out, 5)
+    file, started = out / FILE, []
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:  # as when a process is killed between the two renames of a checkpoint
+        file.unlink()
+
+    def progress(stage, done, total):
+        if stage == "forward passes":
+            started.append(done)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = accumulate(model, corpus, PAIRS, out=out, batch_size=4, progress=progress)
+    said = [str(warning.message) for warning in caught if "checkpoint before it" in str(warning.message)]
+    assert len(said) == (1 if damage == "truncated" else 0)
+    assert all("moments.safetensors is damaged" in message for message in said)
+    assert started[0] == 4
+    assert_same_bits(resumed, whole)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_without_a_readable_checkpoint_nothing_is_overwritten(model, corpus, tmp_path):
+    stopped_after(model, corpus, tmp_path, 5)
+    for file in (tmp_path / FILE, tmp_path / "moments.previous.safetensors"):
+        file.write_bytes(b"damaged")
+    with pytest.raises(FileFormatError, match=r"moments.previous.safetensors is damaged"):
+        accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4)
+    assert (tmp_path / FILE).read_bytes() == b"damaged"
+
+
+def test_a_second_process_on_the_same_folder_is_refused(model, corpus, tmp_path):
+    """A real second process begins while this one is half way, and again when it has ended."""
+    other = (
+        "import sys; from pathlib import Path; from nnato.storage import exclusive; from nnato.errors import OutputError\n"
+        "try:\n    with exclusive(Path(sys.argv[1])): print('mine')\n"
+        "except OutputError as error: print(error)\n"
+    )
+    said = []
+
+    def progress(stage, done, total):
+        if stage == "forward passes" and done == 3:
+            said.append(subprocess.run([sys.executable, "-c", other, str(tmp_path / FILE)], capture_output=True, text=True).stdout)
+            with pytest.raises(OutputError, match="another process is working on"):
+                accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4)
+
+    result = accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4, checkpoint_every=1, progress=progress)
+    assert "another process is working on" in said[0]
+    assert "choose another folder with --out" in said[0]
+    assert_same_bits(result, accumulate(model, corpus, PAIRS, batch_size=4))
+    assert subprocess.run([sys.executable, "-c", other, str(tmp_path / FILE)], capture_output=True, text=True).stdout == "mine\n"
+    with exclusive(tmp_path / FILE):  # whoever only reads what is finished needs no lock
+        assert_same_bits(accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4), result)
 
 
 @pytest.mark.slow

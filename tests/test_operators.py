@@ -87,8 +87,8 @@ def test_operators_must_go_forward_and_fit_together(operator):
         ({}, {"source": 5}, "the source must come before the target"),
         ({}, {"source": -7}, "is not a residual site"),
         ({}, {"source": [1]}, "is not a residual site"),
-        ({}, {"details": None}, "its metadata are incomplete"),
-        ({}, {"details": [1]}, "its metadata are incomplete"),
+        ({}, {"details": None}, "details is missing"),
+        ({}, {"details": [1]}, "details is not a dict"),
     ],
 )
 def test_files_that_are_no_operator_are_refused(operator, tmp_path, tensors, metadata, message):
