@@ -2,8 +2,8 @@
 
 Ridge with the penalty chosen by R² of validation documents, the same with the penalty chosen by the loss of validation sequences, ridge
 shrunk to the identity, and reduced-rank ridge of several ranks, against the identity and the identity moved by the difference of means; and
-mean, resample and zero, which do not depend on the leap. All at the same positions of the same test sequences. Writes NAME.json and
-NAME.md; the JSON grows by a leap at a time, and the same command goes on behind the last one.
+mean, resample and zero, which do not depend on the leap. All at the same positions of the same test sequences. Writes NAME.json, a
+leap at a time, so that the same command goes on behind the last one, and prints the tables of the documentation.
 
     nnato accumulate --pairs 2:10,3:10,4:10,5:10,6:10,7:10,8:10,9:10 --out moments/
     python benchmarks/leaps.py moments/ --sequences 16 --validation 6 --name leaps-gemma-3-270m
@@ -164,7 +164,7 @@ def main() -> None:
         record["rows"] += rows(result)
         write_json(path, record)
     if record is not None:
-        path.with_suffix(".md").write_text(markdown(record))
+        print(markdown(record))
 
 
 if __name__ == "__main__":
