@@ -3,7 +3,7 @@ from pathlib import Path
 
 import nnato
 
-sys.path.insert(0, str(Path(__file__).parent))  # for written_figures
+sys.path.insert(0, str(Path(__file__).parent))  # for command_help and written_figures
 
 project = "nnato"
 author = "The nnato developers"
