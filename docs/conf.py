@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx.ext.doctest",
     "sphinx_gallery.gen_gallery",
+    "command_help",
 ]
 html_theme = "furo"
 html_title = f"nnato {release}"

@@ -15,7 +15,7 @@ from nnato import Corpus, accumulate, fit, load_model
 from nnato.dry_run import DryRunServer
 
 model = load_model()
-corpus = Corpus(tokens=2_500, context=128, folds=2)
+corpus = Corpus(tokens=5_000, context=128, folds=2)
 here = accumulate(model, corpus, [(9, 12)])
 with DryRunServer(model.repo_id, torch.float32) as server:
     there = accumulate(model, corpus, [(9, 12)], server=server)

@@ -49,7 +49,7 @@ from nnato import Corpus, load_model
 from nnato.accumulation import stream, tokenize
 
 model = load_model()
-blocks = tokenize(model, Corpus(tokens=1_500, context=64))
+blocks = tokenize(model, Corpus(tokens=4_000, context=64))
 statistic = NormByPosition(tuple(map(ResidualSite, (0, 6, 12, 17))), 64)
 about = stream(model, blocks, statistic, {"statistic": "norm by position"}, {})
 print(about["sinks"][:5])
@@ -65,7 +65,7 @@ axes.set_yscale("log")
 axes.set_xlabel("position")
 axes.set_ylabel("norm of the residual: mean, and largest (dotted)")
 axes.legend(fontsize=8)
-axes.set_title("gemma-3-270m, 1,500 tokens of documentation in sequences of 64", fontsize=10)
+axes.set_title("gemma-3-270m, 4,000 tokens of documentation in sequences of 64", fontsize=10)
 plt.show()
 
 # %%

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -137,3 +140,47 @@ def test_folders_without_results_are_refused(tmp_path):
 def test_command(results):
     assert "report.html" in run("report", results).stdout
     assert json.loads(run("report", results, "--json").stdout)["results"]["bytes"] > 1000
+
+
+PROBE = """<script>
+const seen = {errors: [], sorted: []};
+window.addEventListener("error", (event) => seen.errors.push(event.message));
+const table = document.querySelector("section table"), heads = [...table.querySelectorAll("th button")];
+const place = heads.findIndex((head) => head.textContent === "alpha");
+const column = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[place].dataset.order));
+for (let turn = 0; turn < 2; turn++) { heads[place].click(); seen.sorted.push(column()); }
+const box = document.getElementById("search");
+const shown = () => [...document.querySelectorAll("section tbody tr")].filter((row) => row.getClientRects().length).length;
+seen.all = shown();
+box.value = "shuffled"; box.dispatchEvent(new Event("input"));
+seen.found = shown(); seen.said = document.getElementById("count").textContent;
+box.value = "nothing like it"; box.dispatchEvent(new Event("input"));
+seen.none = shown();
+box.value = ""; box.dispatchEvent(new Event("input"));
+document.querySelector("td[data-path]").click();
+seen.cell = document.getElementById("count").textContent;
+seen.wider = document.documentElement.scrollWidth > window.innerWidth;
+document.body.setAttribute("data-seen", JSON.stringify(seen));
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page in")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_sorting_and_searching_in_a_browser(results, tmp_path, width):
+    page = tmp_path / "probe.html"
+    text = write_report(results / "fit").read_text()
+    page.write_text(text.replace("</body>", PROBE))
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900"]
+    shown = subprocess.run(["chromium", *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    parsed = re.search(r'data-seen="([^"]*)"', shown.stdout)
+    seen = json.loads(unescape(parsed[1]))
+    assert seen["errors"] == []
+    rising, falling = seen["sorted"]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert rising
+    assert 0 == seen["none"] < seen["found"] < seen["all"]
+    assert seen["said"] == f"{seen['found']} of {seen['all']} rows"
+    assert re.match(r"fit.json\[\d\]\.\w+ = ", seen["cell"])
+    assert not seen["wider"]  # tables scroll, the page does not
