@@ -33,7 +33,9 @@ for split, fold in parts:
 residuals = 2 * 4 * model._module.config.get_text_config().hidden_size * sum(here.tokens.values())
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
 axes.barh(
-    ["sent", "received", "residuals (not sent)"], [sent / 1e6, received / 1e6, residuals / 1e6], color=["#2a6f97", "#61a5c2", "#d6d9e0"]
+    ["last request", "last answer", "residuals (not sent)"],
+    [sent / 1e6, received / 1e6, residuals / 1e6],
+    color=["#2a6f97", "#61a5c2", "#d6d9e0"],
 )
 axes.set_xlabel(f"MB, for {sum(here.tokens.values()):,} tokens")
 axes.set_xscale("log")
@@ -41,7 +43,6 @@ axes.invert_yaxis()
 plt.show()
 
 # %%
-# **What this shows.** The moments are those of a run in this process, and what comes back does not grow with the text: it is two blocks of
-# 640 × 640 for each fold, so for this little text it is more than the residuals, and for the 250,000 tokens of the recipe a small part of
-# them.
+# **What this shows.** The moments are bit-equal to those of a run in this process. The size of an answer depends on the width of the model and the pairs,
+# not on the text; that of residuals would grow with it.
 print(f"R² of the operator from there: {fit(there)[0].r2['variance_weighted']:.3f}, from here: {fit(here)[0].r2['variance_weighted']:.3f}")
