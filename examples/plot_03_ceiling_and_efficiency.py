@@ -24,8 +24,8 @@ efficiency_curves(results, Path("efficiency.png"), about)
 
 # %%
 # **What this shows.** On the right the ceiling in sample (dotted) lies far above the debiased one (dashed): that gap is chance, and it is
-# wide because the text is small. On the left, what the operators reach of the debiased ceiling: about 0.7. What is missing from 1 is the cost
-# of little text, not a property of the model; with 31,200 training tokens it is 0.85 to 0.97 (:doc:`/statistics`).
+# wide because the text is small. On the left, what the operators reach of the debiased ceiling: about 0.7. What is missing from 1 is the
+# cost of little text, not a property of the model; with 31,200 training tokens it is 0.85 to 0.97 (:doc:`/statistics`).
 correlation_spectra(results, Path("spectra.png"), about)
 
 # %%

@@ -44,5 +44,5 @@ figure.suptitle("12 → 15, reduced-rank ridge at the penalty of the full operat
 plt.show()
 
 # %%
-# **What this shows.** Below rank 256, R² and loss get worse together. From there to full rank R² gains little, and these eight sequences do not tell
-# the losses apart. On more text they can, in KL: :doc:`plot_06_leaps_and_ranks`.
+# **What this shows.** Below rank 256, R² and loss get worse together. From there to full rank R² gains little, and these eight sequences do
+# not tell the losses apart. On more text they can, in KL: :doc:`plot_06_leaps_and_ranks`.

@@ -51,6 +51,6 @@ axes.set_title("12 → 15, five positions of 8 sequences, 95 % intervals", fonts
 plt.show()
 
 # %%
-# **What this shows.** The directions hold a small part of the variance, and moving them alone already makes up a good part of the KL of the whole edit: what
-# lies along the unembedding vectors of frequent words is read off directly. The intervals of the two overlap. In a shell: ``nnato ablate --interventions
-# features --features FILE``.
+# **What this shows.** The directions hold a small part of the variance, and moving them alone already makes up a good part of the KL of the
+# whole edit: what lies along the unembedding vectors of frequent words is read off directly. The intervals of the two overlap. In a shell:
+# ``nnato ablate --interventions features --features FILE``.

@@ -43,6 +43,6 @@ axes.invert_yaxis()
 plt.show()
 
 # %%
-# **What this shows.** The moments are bit-equal to those of a run in this process. The size of an answer depends on the width of the model and the pairs,
-# not on the text; that of residuals would grow with it.
+# **What this shows.** The moments are bit-equal to those of a run in this process. The size of an answer depends on the width of the model
+# and the pairs, not on the text; that of residuals would grow with it.
 print(f"R² of the operator from there: {fit(there)[0].r2['variance_weighted']:.3f}, from here: {fit(here)[0].r2['variance_weighted']:.3f}")

@@ -40,5 +40,5 @@ accumulated = accumulate(model, Corpus(tokens=40_000), [(source, target) for tar
 r2_heat_maps(fit(accumulated), Path("own.png"), "variance_weighted", "a random Llama of 6 blocks, letters of python-docs")
 
 # %%
-# **What this shows.** Even in an untrained model a linear map carries much from block to block, since the residual stream only adds. What a trained
-# model transports has to be judged against that: hence the gain over the identity, on the right.
+# **What this shows.** Even in an untrained model a linear map carries much from block to block, since the residual stream only adds. What a
+# trained model transports has to be judged against that: hence the gain over the identity, on the right.

@@ -69,6 +69,6 @@ axes.set_title("gemma-3-270m, 4,000 tokens of documentation in sequences of 64",
 plt.show()
 
 # %%
-# **What this shows.** The first position, the special token, has a norm that is about 20 times that of the others after block 0, and still 7 times
-# after block 12. Dotted spikes after block 0 are sinks, which nearly every position meets now and then. That is why moments keep special and sink
-# tokens apart: a handful of them can carry nearly all of the variance.
+# **What this shows.** The first position, the special token, has a norm that is about 20 times that of the others after block 0, and still
+# 7 times after block 12. Dotted spikes after block 0 are sinks, which nearly every position meets now and then. That is why moments keep
+# special and sink tokens apart: a handful of them can carry nearly all of the variance.
