@@ -4,7 +4,7 @@ import click
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from nnato.cli import COMMANDS, main
+from nnato.cli import all_commands
 
 
 class CommandHelp(SphinxDirective):
@@ -13,10 +13,9 @@ class CommandHelp(SphinxDirective):
     def run(self):
         """Make the sections."""
         found = []
-        for name in COMMANDS:
-            command = main.get_command(None, name)
+        for name, command in all_commands().items():
             context = click.Context(command, info_name=f"nnato {name}", terminal_width=80)
-            section = nodes.section(ids=[f"nnato-{name}"])
+            section = nodes.section(ids=[f"nnato-{name.replace(' ', '-')}"])
             section += nodes.title(text=f"nnato {name}")
             section += nodes.literal_block(text=command.get_help(context), language="text")
             found.append(section)

@@ -355,8 +355,6 @@ def test_every_command_has_help(command):
     output = run(command, "--help").stdout
     assert "Usage" in output
     assert "\\b" not in output
-    assert re.search(rf"Examples?:\n +nnato {command}", output)
-    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_help_lists_commands_and_version():

@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
+from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from nnato.accumulation import FILE
-from nnato.cli import COMMANDS, main, running
+from nnato.cli import COMMANDS, all_commands, common, main, running
 from nnato.errors import did_you_mean
 from nnato.progress import Estimate, in_time, progress_bar
 from nnato.storage import cache_dir
@@ -173,11 +176,35 @@ def test_completion_without_a_known_shell(monkeypatch):
     assert "which shell? give one of bash, zsh, fish" in run("completion", code=2).stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_the_common_options(command):
-    output = run(command, "--help").stdout
+@pytest.mark.parametrize("command", all_commands())
+def test_every_command_has_examples_and_the_common_options(command):
+    output = run(*command.split(), "--help").stdout
     for option in ("--config", "--quiet", "--json"):
         assert option in output
+    assert re.search(rf"Examples?:\n +nnato {command}", output)
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_commands_of_groups_have_files_of_their_own(tmp_path, monkeypatch):
+    @click.group("group")
+    def group():
+        pass
+
+    @common.command("inner")
+    @click.option("--number", type=int, default=1)
+    @click.option("--out", type=click.Path(path_type=Path))
+    def inner(number, out):
+        print(number)
+
+    group.add_command(inner)
+    module = types.ModuleType("nnato.cli.group")
+    module.command = group
+    monkeypatch.setitem(sys.modules, "nnato.cli.group", module)
+    monkeypatch.setitem(COMMANDS, "group", "A group.")
+    assert all_commands()["group inner"] is inner
+    run("group", "inner", "--number", "3", "--out", tmp_path)
+    assert tomllib.loads((tmp_path / "group-inner.toml").read_text())["command"] == "group inner"
+    assert run("group", "inner", "--config", tmp_path / "group-inner.toml").stdout == "3\n"
 
 
 def test_no_colours_where_none_are_wanted_and_eighty_columns_in_pipes(accumulated):

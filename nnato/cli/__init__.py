@@ -63,6 +63,15 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def all_commands() -> dict[str, click.Command]:
+    """Every command by what is typed behind `nnato`, those of groups included; imports them all."""
+    found: dict[str, click.Command] = {}
+    for name in COMMANDS:
+        command: click.Command = import_module(f"nnato.cli.{name}").command
+        found |= {f"{name} {sub}": one for sub, one in command.commands.items()} if isinstance(command, click.Group) else {name: command}
+    return found
+
+
 @click.command(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nnato")
 @click.pass_context

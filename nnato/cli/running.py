@@ -59,6 +59,15 @@ def _be_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
     context.meta[BEGAN] = time.time()
 
 
+def _name(context: click.Context) -> str:
+    """A command as it is typed, without `nnato`: `fit`, or a group and its command."""
+    names: list[str] = []
+    while context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join(names)
+
+
 def _key(parameter: click.Parameter) -> str:
     """How a file names an option or argument: as it is typed, without dashes in front."""
     if isinstance(parameter, click.Option):
@@ -79,7 +88,7 @@ def _take_config(context: click.Context, _: click.Parameter, path: Path | None) 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{path} is not a TOML file: {error}") from None
     values.pop("provenance", None)
-    own = str(context.command.name)
+    own = _name(context)
     if (named := values.pop("command", own)) != own:
         raise click.UsageError(f"{path} is of nnato {named}, not of nnato {own}")
     known = _parameters(context.command)
@@ -119,9 +128,9 @@ def write_config() -> Path:
     from nnato.storage import atomic, prepare_cache, provenance
 
     context = click.get_current_context()
-    name, out = str(context.command.name), context.params.get("out")
+    name, out = _name(context), context.params.get("out")
     folder = Path(out).expanduser() if out is not None else prepare_cache("runs")
-    path = (folder if folder.is_dir() else folder.parent) / f"{name}.toml"
+    path = (folder if folder.is_dir() else folder.parent) / f"{name.replace(' ', '-')}.toml"
     lines = [f"# nnato {name} --config {path.name}", f"command = {_toml(name)}"]
     lines += [f"{key} = {_toml(value)}" for key, value in chosen_options().items()]
     lines += ["", "[provenance]", *(f"{key} = {_toml(value)}" for key, value in provenance().items())]
