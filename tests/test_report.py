@@ -154,6 +154,8 @@ const shown = () => [...document.querySelectorAll("section tbody tr")].filter((r
 seen.all = shown();
 box.value = "shuffled"; box.dispatchEvent(new Event("input"));
 seen.found = shown(); seen.said = document.getElementById("count").textContent;
+box.value = "source:0 2"; box.dispatchEvent(new Event("input"));
+seen.pair = [...document.querySelectorAll("section:first-of-type tbody tr")].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
 box.value = "nothing like it"; box.dispatchEvent(new Event("input"));
 seen.none = shown();
 box.value = ""; box.dispatchEvent(new Event("input"));
@@ -181,6 +183,7 @@ def test_sorting_and_searching_in_a_browser(results, tmp_path, width):
     assert falling == sorted(falling, reverse=True)
     assert rising
     assert 0 == seen["none"] < seen["found"] < seen["all"]
+    assert seen["pair"] == ["0"]
     assert seen["said"] == f"{seen['found']} of {seen['all']} rows"
     assert re.match(r"fit.json\[\d\]\.\w+ = ", seen["cell"])
     assert not seen["wider"]  # tables scroll, the page does not
