@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nnato.accumulation import Accumulated, accumulate, load_moments
     from nnato.cca import CanonicalCorrelations, canonical_correlations
     from nnato.corpus import Corpus
+    from nnato.dictionaries import Dictionary, load_dictionary
     from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
@@ -36,6 +37,7 @@ _HOMES = {
     "Accumulated": "accumulation",
     "CanonicalCorrelations": "cca",
     "Corpus": "corpus",
+    "Dictionary": "dictionaries",
     "Efficiency": "efficiency",
     "Fit": "fitting",
     "Method": "selection",
@@ -50,6 +52,7 @@ _HOMES = {
     "accumulate": "accumulation",
     "canonical_correlations": "cca",
     "fit": "fitting",
+    "load_dictionary": "dictionaries",
     "load_model": "models",
     "load_moments": "accumulation",
     "scaling_study": "scaling",
@@ -62,6 +65,7 @@ __all__ = [
     "Accumulated",
     "CanonicalCorrelations",
     "Corpus",
+    "Dictionary",
     "Efficiency",
     "Fit",
     "Method",
@@ -77,6 +81,7 @@ __all__ = [
     "accumulate",
     "canonical_correlations",
     "fit",
+    "load_dictionary",
     "load_model",
     "load_moments",
     "scaling_study",

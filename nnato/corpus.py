@@ -11,7 +11,7 @@ import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,10 @@ class TokenBlocks:
                 rows = rows[np.lexsort((self.index[rows, 4], -self.index[rows, 1]))]
                 batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         return batches
+
+    def only(self, split: str) -> TokenBlocks:
+        """The blocks of one split alone."""
+        return replace(self, index=self.index[self.index[:, 2] == SPLITS.index(split)])
 
     def full_blocks(self, split: str, count: int) -> np.ndarray:
         """Row numbers of full-length blocks of a split, one per document as far as they go, then second ones, and so on.
