@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
+    from nnato.features import FeatureResult, evaluate_features
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
     from nnato.moments import Moments
@@ -39,6 +40,7 @@ _HOMES = {
     "Corpus": "corpus",
     "Dictionary": "dictionaries",
     "Efficiency": "efficiency",
+    "FeatureResult": "features",
     "Fit": "fitting",
     "Method": "selection",
     "Moments": "moments",
@@ -51,6 +53,7 @@ _HOMES = {
     "ablate": "perplexity",
     "accumulate": "accumulation",
     "canonical_correlations": "cca",
+    "evaluate_features": "features",
     "fit": "fitting",
     "load_dictionary": "dictionaries",
     "load_model": "models",
@@ -67,6 +70,7 @@ __all__ = [
     "Corpus",
     "Dictionary",
     "Efficiency",
+    "FeatureResult",
     "Fit",
     "Method",
     "Moments",
@@ -80,6 +84,7 @@ __all__ = [
     "ablate",
     "accumulate",
     "canonical_correlations",
+    "evaluate_features",
     "fit",
     "load_dictionary",
     "load_model",

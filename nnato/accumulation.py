@@ -112,6 +112,7 @@ def stream(
     batch_size: int = 8,
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
+    medians: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
@@ -131,6 +132,8 @@ def stream(
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
+        medians: Median norms of the statistic's sites from an earlier run, float64 (sites,), so that the same tokens are sinks; by default
+            those of the first batch.
         progress: Told of each batch.
 
     Returns:
@@ -143,7 +146,7 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, kind, progress)
+        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, kind, medians, progress)
 
 
 def _finished(file: Path) -> bool:
@@ -185,10 +188,11 @@ def _stream(
     checkpoint_every: int,
     remote: RemoteMoments | None,
     kind: str,
+    medians: torch.Tensor | None,
     progress: Progress | None,
 ) -> Metadata:
     plan = blocks.plan(batch_size)
-    classes, cursor = TokenClasses(), 0
+    classes, cursor = TokenClasses(medians), 0
     if file is not None and (found := _checkpoint(file, kind)):
         tensors, metadata = found
         if metadata.get("request") != dict(request):
@@ -201,13 +205,13 @@ def _stream(
 
     def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         tensors, own = statistic.state()
-        medians = [] if classes.medians is None else classes.medians.tolist()
+        frozen = [] if classes.medians is None else classes.medians.tolist()
         sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
         return tensors, own | dict(about) | {
             "request": dict(request),
             "cursor": cursor,
             "batches": len(plan),
-            "medians": {str(site): median for site, median in zip(statistic.sites, medians, strict=True)},
+            "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
             "excluded": dict(classes.excluded),
             "sinks": sinks,
             "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
@@ -236,7 +240,7 @@ def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statisti
     excluded = tokens.mask.to(ordinary.device) & ~ordinary
     documents = tokens.documents.to(ordinary.device)
     try:
-        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold))
+        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold, tokens.ids))
     except NonFinite as error:
         raise located(error, model, tokens) from None
 

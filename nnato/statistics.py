@@ -27,6 +27,7 @@ class ResidualBatch:
         documents: int64 (blocks,), hash of each block's document.
         split: `train`, `validation` or `test`.
         fold: Fold of the split. All batches of a fold come in a row.
+        ids: int64 (blocks, positions), the tokens; None where nobody knows them.
     """
 
     residuals: torch.Tensor
@@ -36,6 +37,7 @@ class ResidualBatch:
     documents: torch.Tensor
     split: str
     fold: int
+    ids: torch.Tensor | None = None
 
     def check_finite(self) -> None:
         """Refuse a batch with a NaN or an infinity at a real token.
