@@ -24,6 +24,6 @@ ablation_bars(results, Path("ablation.png"), accumulated.model["name"])
 results[0]
 
 # %%
-# **What this shows.** What is lost at the edited positions, from the operator's prediction to a residual of another document and zero. The
-# bars are of eight sequences only, so intervals overlap; the column "over transport" compares on the same sequences, and tells more. On more text ridge beats the copy at every leap
-# from 1 to 8 in KL (:doc:`plot_06_leaps_and_ranks`).
+# **What this shows.** What is lost at the edited positions, from the operator's prediction to a residual of another document and zero.
+# The bars are of eight sequences only, so intervals overlap; the column "over transport" compares on the same sequences, and tells more.
+# On more text ridge beats the copy at every leap from 1 to 8 in KL (:doc:`plot_06_leaps_and_ranks`).

@@ -155,7 +155,7 @@ seen.all = shown();
 box.value = "shuffled"; box.dispatchEvent(new Event("input"));
 seen.found = shown(); seen.said = document.getElementById("count").textContent;
 box.value = "source:0 2"; box.dispatchEvent(new Event("input"));
-seen.pair = [...document.querySelectorAll("section:first-of-type tbody tr")].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
+seen.pair = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
 box.value = "nothing like it"; box.dispatchEvent(new Event("input"));
 seen.none = shown();
 box.value = ""; box.dispatchEvent(new Event("input"));
