@@ -13,13 +13,14 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from nnato.accumulation import FILE
 from nnato.cli import COMMANDS, all_commands, common, main, running
 from nnato.errors import did_you_mean
 from nnato.progress import Estimate, in_time, progress_bar
-from nnato.storage import cache_dir
+from nnato.storage import cache_dir, write_artifact
 
 TEXT = ["--context", "32", "--per-document", "0", "--tokens", "100000"]
 
@@ -150,6 +151,23 @@ def test_an_interruption_says_what_was_kept(saved_model, text, tmp_path, monkeyp
     calls[:] = [1, 1, 1]
     nothing = run(*command, "--out", tmp_path / "n", code=130)
     assert "interrupted: nothing was kept" in nothing.stderr
+
+
+def test_checkpoints_of_every_kind_are_named_and_others_are_not(tmp_path):
+    @common.command("long")
+    @click.option("--out", type=click.Path(path_type=Path))
+    def long(out):
+        for name, metadata in (("sae", {"cursor": 3}), ("sae.previous", {"cursor": 2}), ("operator", {})):
+            write_artifact(out / f"{name}.safetensors", "any", {"x": torch.zeros(1)}, metadata)
+        (cache_dir() / "models" / "one").mkdir(parents=True)
+        write_artifact(cache_dir() / "models" / "one" / "weights.safetensors", "any", {"x": torch.zeros(1)}, {"cursor": 1})
+        (out / "foreign.safetensors").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    (tmp_path / "m").mkdir()
+    stopped = CliRunner().invoke(long, ["--out", str(tmp_path / "m")])
+    assert stopped.exit_code == 130
+    assert stopped.stderr == f"interrupted: kept {tmp_path / 'm' / 'sae.safetensors'}; the same command goes on from there\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

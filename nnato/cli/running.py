@@ -157,14 +157,14 @@ def _checkpoints() -> Iterator[str]:
 
     context = click.get_current_context()
     out, began = context.params.get("out"), context.meta[BEGAN]
-    places = [cache_dir() / "moments"] if out is None else [Path(out).expanduser(), cache_dir() / "moments"]
-    for place in places:
-        for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else ():
-            if path.stat().st_mtime < began - 1:
+    cached = [] if not cache_dir().is_dir() else [place for place in sorted(cache_dir().iterdir()) if place.name != "models"]
+    for place in cached if out is None else [Path(out).expanduser(), *cached]:
+        for path in sorted(place.rglob("*.safetensors")):
+            if path.stat().st_mtime < began - 1 or path.stem.endswith(".previous"):
                 continue
             try:
                 about: Mapping[str, Any] = read_metadata(path)
             except NnatoError:
                 continue  # not a file of ours
-            if "cursor" in about and "batches" in about:
-                yield f"{path} ({about['cursor']} of {about['batches']} forward passes)"
+            if "cursor" in about:
+                yield f"{path} ({about['cursor']} of {about['batches']} forward passes)" if "batches" in about else str(path)
