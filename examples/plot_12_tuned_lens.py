@@ -22,7 +22,7 @@ plain = logit_lens(accumulated.model["blocks"], accumulated.model["d_model"])
 
 # %%
 # How far each lens is from what the model predicts in the end, on test documents that the translators have not seen:
-scores = evaluate_lens(model, {"logit lens": plain, "tuned lens": tuned}, corpus, sites=(3, 9, 12, 15, 17), sequences=4)
+scores = evaluate_lens(model, {"logit lens": plain, "tuned lens": tuned}, corpus, sites=(3, 9, 12, 15), sequences=4)
 for name, mine in scores.items():
     print(name, *(f"{score.site}: {score.agreement:.0%}" for score in mine))
 
@@ -31,7 +31,6 @@ from matplotlib import pyplot as plt
 
 figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
 for name, mine in scores.items():
-    mine = mine[:-1]  # at the last block both are the model itself
     middle = [score.kl.value for score in mine]
     ends = [[score.kl.value - score.kl.low for score in mine], [score.kl.high - score.kl.value for score in mine]]
     axes.errorbar([int(score.site) for score in mine], middle, yerr=ends, marker="o", capsize=3, label=name)
