@@ -77,9 +77,8 @@ class Accumulated:
     def _repr_html_(self) -> str:
         rows = [(split, count) for split, count in self.tokens.items()]
         rows += [(f"left out: {reason.replace('_', ' ')}", count) for reason, count in self.excluded.items()]
-        title = (
-            f"Moments of {len(self.moments.pairs)} pairs · {self.model['name']}, {self.text['source']}, {self.text['documents']} documents"
-        )
+        origin = f"{self.model['name']}, {self.text['source']}, {self.text['documents']} documents"
+        title = f"Moments of {len(self.moments.pairs)} pairs · {origin}"
         return html_table(title, ("tokens", "count"), rows, "pairs: " + ", ".join(f"{s} → {t}" for s, t in self.moments.pairs))
 
     @staticmethod
@@ -146,7 +145,7 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, kind, medians, progress)
+        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, progress)
 
 
 def _finished(file: Path) -> bool:
@@ -184,10 +183,10 @@ def _stream(
     request: Mapping[str, Any],
     about: Mapping[str, Any],
     file: Path | None,
+    kind: str,
     batch_size: int,
     checkpoint_every: int,
     remote: RemoteMoments | None,
-    kind: str,
     medians: torch.Tensor | None,
     progress: Progress | None,
 ) -> Metadata:

@@ -202,7 +202,7 @@ class TokenBlocks:
         return batches
 
     def only(self, split: str) -> TokenBlocks:
-        """The blocks of one split alone."""
+        """The blocks of one split."""
         return replace(self, index=self.index[self.index[:, 2] == SPLITS.index(split)])
 
     def full_blocks(self, split: str, count: int) -> np.ndarray:

@@ -17,6 +17,8 @@ import torch
 from nnato.errors import MomentsError
 from nnato.intervals import Interval, jackknife
 
+ENTRIES = 1 << 14
+"""Active latents, layer by layer, that are sorted at once."""
 WEIGHTS = ("activation", "uniform", "published")
 """Ways to weigh pairs of token and latent, by A, all that are active alike, or as in the authors' code, where inactive ones count too."""
 _BY_LAYER = ("active", "total", "squares", "peak", "shares")
@@ -63,41 +65,52 @@ class LayerStats:
         count, tokens, k = values.shape
         if not tokens:
             return
+        shares, places = torch.zeros_like(self.shares), torch.zeros_like(self.mean_squares)
+        portion = max(ENTRIES // (count * k), 1)
+        for first in range(0, tokens, portion):
+            part = slice(first, first + portion)
+            self._add(values[:, part], latents[:, part], shares, places)
+        self.shares += shares
+        self.published += _published(shares / tokens, places / tokens)
+        self.tokens += tokens
+
+    def _add(self, values: torch.Tensor, latents: torch.Tensor, shares: torch.Tensor, places: torch.Tensor) -> None:
+        """Add a portion of a batch; Σ p and the Σ of squared mean places go to `shares` and `places`."""
+        count, tokens, k = values.shape
         device, size = self.total.device, self.latents * count
-        layer = torch.arange(count, device=device)[:, None, None].expand(values.shape)
+        layer = torch.arange(count, device=device)[:, None, None]
         key = torch.where(values > 0, latents * count + layer, size).to(device)
         key, order = key.transpose(0, 1).reshape(tokens, count * k).sort(dim=1)  # by latent, then layer; what is off comes last
         found = key < size
         a = values.to(device, torch.float64).transpose(0, 1).reshape(tokens, count * k).gather(1, order)[found]
-        token = torch.arange(tokens, device=device)[:, None].expand(tokens, count * k)[found]
+        token = torch.nonzero(found)[:, 0]
         key = key[found]
         latent, at = key // count, key % count
         begins = torch.ones(len(key), dtype=torch.bool, device=device)
         begins[1:] = (latent[1:] != latent[:-1]) | (token[1:] != token[:-1])
         pair = begins.cumsum(0) - 1
-        pairs = int(begins.sum())
-        numbers = torch.tensor(self.layers, dtype=torch.float64, device=device)
-        strength = _sums(pair, a, pairs)
-        p = a / strength[pair]
-        mean = _sums(pair, p * numbers[at], pairs)
-        breadth = torch.bincount(pair, minlength=pairs)
         whose = latent[begins]
-        next_one = ~begins[1:] & (at[1:] == at[:-1] + 1)
+        numbers = torch.tensor(self.layers, dtype=torch.float64, device=device)
+        one = torch.ones_like(a)
 
-        shares = _sums(key, p, size).view_as(self.shares)
-        self.active += torch.bincount(key, minlength=size).view_as(self.active)
-        self.total += _sums(key, a, size).view_as(self.total)
-        self.squares += _sums(key, a.square(), size).view_as(self.squares)
+        def by_pair(entries: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(whose), dtype=torch.float64, device=device).index_add_(0, pair, entries)
+
+        strength = by_pair(a)
+        p = a / strength[pair]
+        mean, breadth = by_pair(p * numbers[at]), by_pair(one).long()
+        again = ~begins[1:] & (at[1:] == at[:-1] + 1)
+        self.active.view(-1).index_add_(0, key, one)
+        self.total.view(-1).index_add_(0, key, a)
+        self.squares.view(-1).index_add_(0, key, a.square())
         self.peak.view(-1).scatter_reduce_(0, key, a, "amax")
-        self.shares += shares
-        self.mean_squares += _sums(whose, mean.square(), self.latents)
-        self.weighted_mean_squares += _sums(whose, strength * mean.square(), self.latents)
-        self.spread += torch.bincount(whose * (count + 1) + breadth, minlength=self.spread.numel()).view_as(self.spread)
-        steps = (latent * (count - 1) + at)[:-1][next_one]
-        self.stays += torch.bincount(steps, minlength=self.stays.numel()).view_as(self.stays)
-        place = _sums(pair, p * at, pairs)  # the authors number layers from 0 without gaps
-        self.published += _published(shares / tokens, _sums(whose, place.square(), self.latents) / tokens)
-        self.tokens += tokens
+        self.mean_squares.index_add_(0, whose, mean.square())
+        self.weighted_mean_squares.index_add_(0, whose, strength * mean.square())
+        self.spread.view(-1).index_add_(0, whose * (count + 1) + breadth, one[: len(whose)])
+        steps = (latent * (count - 1) + at)[:-1][again]
+        self.stays.view(-1).index_add_(0, steps, one[: len(steps)])
+        shares.view(-1).index_add_(0, key, p)
+        places.index_add_(0, whose, by_pair(p * at).square())  # the authors number layers from 0 without gaps
 
     def merge(self, other: LayerStats) -> LayerStats:
         """The sums over both sets of tokens.
@@ -134,11 +147,6 @@ class LayerStats:
         if not isinstance(tokens, int) or tokens < 0:
             raise MomentsError(f"the stored number of tokens is {tokens!r}")
         self.tokens = tokens
-
-
-def _sums(groups: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums of values by group, float64 (count,)."""
-    return torch.bincount(groups, values, minlength=count).double()  # of no values, it would be of another dtype
 
 
 def _published(q: torch.Tensor, squared_mean: torch.Tensor) -> torch.Tensor:

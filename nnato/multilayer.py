@@ -145,9 +145,8 @@ def load_multilayer(
     folder = Path(str(reference).removeprefix("mlsae:")).expanduser()
     if lens is None and (folder / LENS_FILE).is_file():
         lens = Lens.load(folder)
-    if trained_behind := dictionary.lens:
-        if lens is None or lens.digest != trained_behind:
-            raise DictionaryError(f"{dictionary} was trained behind a lens: give that one, since nothing else fits it")
+    if dictionary.lens is not None and (lens is None or lens.digest != dictionary.lens):
+        raise DictionaryError(f"{dictionary} was trained behind a lens: give that one, since nothing else fits it")
     sae = MultiLayerSAE(dictionary, chosen or tuple(map(ResidualSite, range(info.blocks))), lens)
     sae.check_fits(info)
     return sae

@@ -38,6 +38,8 @@ CHECKPOINT = "checkpoint.safetensors"
 SCALES = ("token", "mean", "none")
 PER_DOCUMENT = 8
 """Blocks of a document in the default text, so that a few long ones do not make it up."""
+LEAST_TEXT = 40_000
+"""Tokens of the default text, at least."""
 PROBE = 256
 """Tokens of each buffer on which the SAE is scored before it is trained on them."""
 
@@ -192,8 +194,8 @@ def train_sae(
 
 
 def default_corpus(recipe: Recipe) -> Corpus:
-    """The embedded text, as much of it as a recipe asks for."""
-    return Corpus(tokens=math.ceil(recipe.tokens / FRACTIONS[0]), per_document=PER_DOCUMENT)
+    """The embedded text, as much of it as a recipe asks for, and so much that every split has documents."""
+    return Corpus(tokens=max(math.ceil(recipe.tokens / FRACTIONS[0]), LEAST_TEXT), per_document=PER_DOCUMENT)
 
 
 def standardise(x: torch.Tensor) -> torch.Tensor:

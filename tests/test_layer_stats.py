@@ -66,6 +66,14 @@ def test_sums_are_those_of_loops():
     assert stats.tokens == 2 * TOKENS
 
 
+def test_portions_are_the_whole(monkeypatch):
+    whole, _ = of(0, 1)
+    monkeypatch.setattr("nnato.layer_stats.ENTRIES", 7 * LAYERS * K)
+    parts, _ = of(0, 1)
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(getattr(parts, name), tensor, rtol=1e-12, atol=1e-12)
+
+
 def test_merged_parts_are_the_whole():
     whole, _ = of(0, 1, 2)
     parts = merged([of(seed)[0] for seed in (0, 1, 2)])

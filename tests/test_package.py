@@ -30,7 +30,7 @@ ROWS = [
     {"lowrank", "positions", "cca", "sae_training"},
     {"selection", "losses"},
     {"fitting", "efficiency", "edits"},
-    {"effects", "controls", "scaling", "features", "lens"},
+    {"effects", "controls", "scaling", "lens", "features"},
     {"perplexity", "lens_training", "multilayer"},
     {"plots", "generation", "report", "fidelity", "similarity", "top_examples", "prompts", "latent_transport"},
     {"layer_plots", "published"},

@@ -17,7 +17,7 @@ from nnato.corpus import Corpus
 from nnato.dictionaries import load_dictionary
 from nnato.errors import DictionaryError, OperatorError
 from nnato.models import wrap
-from nnato.sae_training import Recipe, _Rows, geometric_median, standardise, train_sae
+from nnato.sae_training import Recipe, _Rows, default_corpus, geometric_median, standardise, train_sae
 
 SMALL = Recipe(expansion=8, k=4, tokens=1500, rows=128, buffer=512, lr=3e-3)
 
@@ -238,6 +238,7 @@ def test_default_text_is_what_the_recipe_asks_for(model, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(Corpus, "documents", lambda self: asked.append(self) or iter(()))
     with pytest.raises(Exception, match="too short"):
-        train_sae(model, [1], Recipe(tokens=600), out=tmp_path)
-    assert asked[0].tokens == 1000
+        train_sae(model, [1], Recipe(tokens=60_000), out=tmp_path)
+    assert asked[0].tokens == 100_000
     assert asked[0].per_document == 8
+    assert default_corpus(Recipe(tokens=600)).tokens == 40_000

@@ -86,9 +86,8 @@ def _fit(
         table.add_row(str(one.operator.source), f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
     common.console().print(table)
     if kl_steps:
-        common.say(
-            f"training by KL did better on validation documents at {len(lens.details['kl_improved'])} of {len(fits)} sites; it is kept there"
-        )
+        better = len(lens.details["kl_improved"])
+        common.say(f"training by KL did better on validation documents at {better} of {len(fits)} sites, and is kept there")
     common.say(f"{path}. Next: nnato lens evaluate {out}")
 
 
