@@ -58,7 +58,7 @@ bench-compare: .venv/test.stamp
 	touch $@
 
 .venv/docs.stamp: setup.cfg constraints.txt | .venv/bin/python
-	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,docs]'
 	touch $@
 
 clean:

@@ -90,7 +90,7 @@ class LatentTransport:
             without: Leave out this fold.
 
         Returns:
-            float64 (latents,) each: `active` (tokens at the first layer), `frequency` (share of tokens at the second), `persistence`, `r2`,
+            float64 (latents,) each. `active` (tokens at the first layer), `frequency` (share of tokens at the second), `persistence`, `r2`,
             `r2_unmoved`; NaN where a latent is never active.
         """
         kept = [fold for fold in range(len(self.tokens)) if fold != without]

@@ -20,7 +20,7 @@ from nnato.intervals import Interval, jackknife
 ENTRIES = 1 << 14
 """Active latents, layer by layer, that are sorted at once."""
 WEIGHTS = ("activation", "uniform", "published")
-"""Ways to weigh (token, latent) pairs: by A, all that are active alike, or as in the authors' code, where inactive ones count too."""
+"""Ways to weigh pairs of token and latent, by A, all that are active alike, or as in the authors' code, where inactive ones count too."""
 _BY_LAYER = ("active", "total", "squares", "peak", "shares")
 _BY_LATENT = ("mean_squares", "weighted_mean_squares")
 
@@ -275,7 +275,7 @@ def layer_distributions(stats: LayerStats, at_least: int = 1) -> dict[str, torch
         at_least: Tokens from which on a latent counts as active at a layer, for `layers`.
 
     Returns:
-        float64 (latents,) each: `tokens` (at which it is active at some layer), `count` and `strength` (Σ over layers of `active` and
+        float64 (latents,) each. `tokens` (at which it is active at some layer), `count` and `strength` (Σ over layers of `active` and
         `total`), `mean`, `std` (of the layer, by activation), `entropy` (nats), `bimodality` (Sarle's (skew² + 1) / kurtosis of the layer:
         1 for two points, 0.6 for a uniform spread; NaN if it keeps to one layer), `bimodality_published` (the same of the totals as
         numbers), `layers` (at how many it is active), `single` (E[Var(L|F=f,T)], by activation), `breadth` (layers at a token, on average),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnato.accumulation import stream, tokenize
+from nnato.accumulation import tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, SiteError
@@ -23,6 +23,7 @@ from nnato.reduction import SINK_RATIO
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress, ResidualBatch
 from nnato.storage import SCHEMA, prepare_folder, read_artifact
+from nnato.streaming import stream
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel

@@ -19,11 +19,12 @@ import torch
 from conftest import BLOCKS, WIDTH, hook_residuals, make_module
 from safetensors import safe_open
 
-from nnato.accumulation import FILE, KIND, SINK_RATIO, TokenClasses, accumulate, accumulate_cached, default_pairs_of, load_moments
+from nnato.accumulation import FILE, KIND, accumulate, accumulate_cached, default_pairs_of, load_moments
 from nnato.corpus import SPLITS, TokenBatch
 from nnato.errors import ActivationError, FileFormatError, MomentsError, OutputError, SiteError, TextError
 from nnato.models import describe, wrap
 from nnato.moments import Moments
+from nnato.reduction import SINK_RATIO, TokenClasses
 from nnato.sites import ResidualSite
 from nnato.storage import exclusive, read_artifact, write_artifact
 from nnato.transport_moments import TransportMoments

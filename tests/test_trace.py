@@ -13,8 +13,8 @@ from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator
 from IPython.core.interactiveshell import InteractiveShell
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnato.accumulation import capture
 from nnato.errors import ActivationError, OperatorError, PositionError, SiteError
+from nnato.reduction import capture
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace
 

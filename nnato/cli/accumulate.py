@@ -63,14 +63,15 @@ def command(
     \b
     Examples:
       nnato accumulate
-      nnato accumulate google/gemma-2-2b --source 10 --leap 1-10 --text monology/pile-uncopyrighted --tokens 250000
+      nnato accumulate smollm2 --source 5 --leap 1-8 --out moments-smollm2/
+      nnato accumulate google/gemma-2-2b --text monology/pile-uncopyrighted
       nnato accumulate google/gemma-2-2b --pairs 10:12 --remote
       nnato accumulate --engine ray --workers 2
       nnato accumulate --shard 1/8 --out shards/1   # … 8/8; then: nnato merge shards/* --out moments/
     """
     import torch
 
-    from nnato.accumulation import accumulate, default_corpus, default_pairs_of
+    from nnato.accumulation import accumulate, default_corpus, default_pairs_of, tokenize
     from nnato.errors import RemoteError, SiteError
     from nnato.models import describe
     from nnato.sites import grid, parse_sites
@@ -104,10 +105,12 @@ def command(
             )
             tables.finish_accumulation(result, out, as_json)
             return
+        blocks = tokenize(loaded, corpus, progress)
+        common.announce_moments(loaded, chosen, corpus.folds)
         with remote.open(server, loaded) as where:
             result = accumulate(
                 loaded,
-                corpus,
+                blocks,
                 chosen,
                 out=out,
                 device=sums_on,

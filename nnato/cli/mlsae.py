@@ -102,7 +102,7 @@ def _train(
     \b
     Examples:
       nnato mlsae train --expansion 8 --tokens 60000 --rows 1024 --lr 1e-3
-      nnato mlsae train google/gemma-2-2b --text monology/pile-uncopyrighted --tokens 100000000 --out mlsae-2b/
+      nnato mlsae train google/gemma-2-2b --tokens 100000000 --out mlsae-2b/
     """
     from nnato.sae_training import Recipe
 
@@ -123,7 +123,7 @@ def _import(reference: str, name: str | None, layers: str | None, out: Path, as_
 
     \b
     Example:
-      nnato mlsae import tim-lawson/mlsae-pythia-70m-deduped-x64-k32 --model EleutherAI/pythia-70m-deduped
+      nnato mlsae import tim-lawson/mlsae-pythia-70m-deduped-x64-k32
     """
     from nnato.published import import_mlsae
 
@@ -348,7 +348,7 @@ def _prompt(as_json: bool, prompt: str | None, most: int, html: Path | None, **o
 
     \b
     Example:
-      nnato mlsae prompt mlsae/ "When Mary and John went to the store, John gave a drink to" --html prompt.html
+      nnato mlsae prompt mlsae/ "The Eiffel Tower is in" --html prompt.html
     """
     from rich.style import Style
     from rich.text import Text

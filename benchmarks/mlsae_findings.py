@@ -3,7 +3,7 @@
 Run after training one, for example:
 
     nnato mlsae train --expansion 8 --tokens 60000 --rows 1024 --lr 1e-3 --out mlsae/
-    python examples/mlsae.py gemma-3-270m mlsae/ results.json
+    python benchmarks/mlsae_findings.py gemma-3-270m mlsae/ results.json
 """
 
 import json
