@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,9 +18,10 @@ from nnato.corpus import SPLITS, Corpus, TokenBatch, TokenBlocks
 from nnato.errors import FileFormatError, MomentsError, SiteError
 from nnato.models import ModelInfo, check_text, describe
 from nnato.notebook import html_table
-from nnato.reduction import SINK_RATIO, TokenClasses, capture, located
+from nnato.reduction import SINK_RATIO, TokenClasses, capture, classify, located
 from nnato.remote import Server
 from nnato.remote_moments import RemoteMoments
+from nnato.shards import Shard
 from nnato.sites import Pair, default_pairs, default_sites, grid, make_pair
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
 from nnato.storage import (
@@ -38,7 +38,7 @@ from nnato.storage import (
     require_entries,
     write_artifact,
 )
-from nnato.transport_moments import TransportMoments
+from nnato.transport_moments import TransportMoments, check_memory
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -112,6 +112,7 @@ def stream(
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
     medians: torch.Tensor | None = None,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
@@ -133,6 +134,7 @@ def stream(
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
         medians: Median norms of the statistic's sites from an earlier run, float64 (sites,), so that the same tokens are sinks; by default
             those of the first batch.
+        shard: Feed this part of the batches only. Medians are still those of the whole text's first batch, so all shards share them.
         progress: Told of each batch.
 
     Returns:
@@ -145,7 +147,7 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, progress)
+        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, shard, progress)
 
 
 def _finished(file: Path) -> bool:
@@ -188,49 +190,55 @@ def _stream(
     checkpoint_every: int,
     remote: RemoteMoments | None,
     medians: torch.Tensor | None,
+    shard: Shard | None,
     progress: Progress | None,
 ) -> Metadata:
     plan = blocks.plan(batch_size)
-    classes, cursor = TokenClasses(medians), 0
+    mine = range(len(plan)) if shard is None else shard.batches(blocks.work(plan))
+    classes, cursor = TokenClasses(medians), mine.start
+    part = {} if shard is None else {"shard": [shard.number, shard.count]}
     if file is not None and (found := _checkpoint(file, kind)):
         tensors, metadata = found
-        if metadata.get("request") != dict(request):
+        if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
             raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
         statistic.restore(tensors, metadata)
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
         classes.excluded.update(metadata["excluded"])
         classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+    elif mine.start > 0 and medians is None:
+        first = blocks.batch(plan[0])
+        classes.medians = classify(capture(model, first.ids, statistic.sites), first.mask, first.special, None)[2]
 
     def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         tensors, own = statistic.state()
         frozen = [] if classes.medians is None else classes.medians.tolist()
         sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
-        return tensors, own | dict(about) | {
+        return tensors, own | dict(about) | part | {
             "request": dict(request),
             "cursor": cursor,
-            "batches": len(plan),
+            "batches": mine.stop,
             "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
             "excluded": dict(classes.excluded),
             "sinks": sinks,
             "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
         }
 
-    while cursor < len(plan):
+    while cursor < mine.stop:
         if progress is not None:
-            progress("forward passes", cursor, len(plan))
+            progress("forward passes", cursor - mine.start, len(mine))
         if remote is None:
             _add_batch(model, blocks.batch(plan[cursor]), statistic, classes)
             cursor += 1
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
-        if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
+        if file is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
             write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
-            if cursor == len(plan):
+            if cursor == mine.stop:
                 _previous(file).unlink(missing_ok=True)
     if progress is not None:
-        progress("forward passes", len(plan), len(plan))
-    return snapshot(len(plan))[1]
+        progress("forward passes", len(mine), len(mine))
+    return snapshot(mine.stop)[1]
 
 
 def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:
@@ -256,6 +264,9 @@ def accumulate(
     server: Server | None = None,
     per_job: int = 64,
     keep_excluded: bool = False,
+    products: torch.dtype = torch.float64,
+    null: bool = True,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Accumulated:
     """Stream text through a model once and fold the residuals into moments.
@@ -273,6 +284,11 @@ def accumulate(
         per_job: Batches in one job on a server, at most.
         keep_excluded: Whether a server also sends sums of special tokens, first positions and sinks, which takes up to twice the bytes.
             Without them there is no R² with all tokens. Here they are always kept.
+        products: dtype in which the rows of ordinary tokens are multiplied; `torch.float32` takes half the time, and still adds up in
+            float64 (see `Moments`).
+        null: Whether to add up shuffled pairs, too, which costs up to 60 % of what the pairs themselves do. Without them there is no
+            `shuffled` baseline, and no effective sample size: tokens count as independent.
+        shard: Read this part of the text only; `merging.merge_shards` puts the results of all parts together. Needs `out`.
         progress: Told of tokens read and batches done.
 
     Returns:
@@ -282,7 +298,7 @@ def accumulate(
         SiteError: A pair does not exist.
         TextError: The text cannot be read or is too short.
         PositionError: The sequences are longer than the model's context.
-        MomentsError: `out` holds moments of another request, or the sums do not fit into memory.
+        MomentsError: `out` holds moments of another request, the sums do not fit into memory, or a shard has no `out`.
         ActivationError: A residual is not finite.
         RemoteError: A job on the server failed.
         OutputError: `out` cannot be written.
@@ -291,7 +307,12 @@ def accumulate(
     chosen = _check_request(info, pairs, batch_size, checkpoint_every)
     file = prepare_folder(Path(out).expanduser()) / FILE if out is not None else None
     blocks = tokenize(model, corpus or default_corpus(info), progress)
-    run = _Run(file, batch_size, checkpoint_every, device, server, per_job, keep_excluded or server is None, progress)
+    if shard is not None and (file is None or server is not None):
+        raise MomentsError("a shard needs a folder to keep it in (out), and runs here: a server's jobs are parts of the text already")
+    if products != torch.float64 and server is not None:
+        raise MomentsError("a server multiplies in float64: products in float32 are for runs here")
+    excluded = keep_excluded or server is None
+    run = _Run(file, batch_size, checkpoint_every, device, server, per_job, excluded, products, null, shard, progress)
     return run(model, info, blocks, chosen)
 
 
@@ -324,7 +345,8 @@ def accumulate_cached(
     request = json.dumps(request_of(info, blocks.fingerprint, chosen, batch_size), sort_keys=True)
     key = hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
     file = prepare_cache("moments", key) / FILE
-    return _Run(file, batch_size, 20, None, server, 64, server is None, progress)(model, info, blocks, chosen)
+    run = _Run(file, batch_size, 20, None, server, 64, server is None, torch.float64, True, None, progress)
+    return run(model, info, blocks, chosen)
 
 
 def _check_request(
@@ -370,16 +392,22 @@ class _Run:
     server: Server | None
     per_job: int
     keep_excluded: bool
+    products: torch.dtype
+    null: bool
+    shard: Shard | None
     progress: Progress | None
 
     def __call__(self, model: TransformersModel, info: ModelInfo, blocks: TokenBlocks, pairs: tuple[Pair, ...]) -> Accumulated:
         place = torch.device("cpu") if self.server is not None else next(model._module.parameters()).device
         place = torch.device(self.device) if self.device is not None else place
-        everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"])
-        _check_memory(at_once if self.file is not None else everything, place)
+        everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"], self.null)
+        if self.shard is not None:  # its documents lie in few folds
+            everything = min(everything, everything // self.shard.count + 2 * at_once)
+        check_memory(at_once if self.file is not None else everything, place)
         if self.file is not None and not self.file.exists():
             check_space(self.file.parent, everything, "ask for fewer sites, pairs or folds")
-        moments = TransportMoments(pairs, info.d_model, place, self.file.parent if self.file is not None else None)
+        folder = self.file.parent if self.file is not None else None
+        moments = TransportMoments(pairs, info.d_model, place, folder, self.products, self.null)
         remote = None
         if self.server is not None:
             remote = RemoteMoments(self.server, moments, self.per_job, self.keep_excluded)
@@ -388,25 +416,31 @@ class _Run:
             model,
             blocks,
             moments,
-            request_of(info, blocks.fingerprint, pairs, self.batch_size) | {"excluded": self.keep_excluded},
+            request_of(info, blocks.fingerprint, pairs, self.batch_size) | self._unusual(),
             {"model": info.fingerprint(), "text": blocks.fingerprint},
             file=self.file,
             batch_size=self.batch_size,
             checkpoint_every=self.checkpoint_every,
             remote=remote,
+            shard=self.shard,
             progress=self.progress,
         )
+        if self.shard is not None and self.file is not None:
+            _close(self.file, moments, metadata)
         return Accumulated.of(moments, metadata)
 
+    def _unusual(self) -> dict[str, Any]:
+        """What else identifies the request; what is as usual goes without saying, as in files of earlier versions."""
+        products = {} if self.products == torch.float64 else {"products": str(self.products).removeprefix("torch.")}
+        return {"excluded": self.keep_excluded} | products | ({} if self.null else {"null": False})
 
-def _check_memory(needed: int, device: torch.device) -> None:
-    gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.9 * available:
-        raise MomentsError(
-            f"the moments of these pairs take {needed / 1e9:.1f} GB of memory, and {device} has {available / 1e9:.1f} GB: ask for fewer "
-            "sites or pairs" + (', or keep the sums on device "cpu"' if gpu else "")
-        )
+
+def _close(file: Path, moments: TransportMoments, metadata: Metadata) -> None:
+    """Put every part of a finished shard into a file of its own, so that shards can be merged part by part."""
+    if metadata["rows"]:
+        with exclusive(file):
+            moments.close()
+            write_artifact(file, KIND, {}, metadata | moments.state()[1])
 
 
 def load_moments(path: str | Path) -> Accumulated:
@@ -422,18 +456,31 @@ def load_moments(path: str | Path) -> Accumulated:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
-    if metadata["cursor"] != metadata["batches"]:
-        raise MomentsError(
-            f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"
-        )
+    check_finished(file, metadata)
+    if "shard" in metadata:
+        raise MomentsError(f"{file} holds one shard of a text only: nnato merge puts all its shards together")
     try:
-        require(tensors["shuffled.scatter"].shape[1:] == (metadata["d_model"],) * 2, file, "the tensors have another width than d_model")
+        widths = {tensor.shape[-1] for tensor in tensors.values()}
+        require(widths <= {metadata["d_model"]}, file, "the tensors have another width than d_model")
         moments = TransportMoments((make_pair(*pair) for pair in metadata["pairs"]), metadata["d_model"], folder=file.parent)
         moments.restore(tensors, metadata)
         return Accumulated.of(moments, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:
         raise FileFormatError(f"{file} is inconsistent ({type(error).__name__}: {error}); make it again") from None
+
+
+def check_finished(file: Path, metadata: Metadata) -> None:
+    """Refuse the metadata of moments that lack something, or of a run that has not come to its end.
+
+    Raises:
+        FileFormatError: Something is missing.
+        MomentsError: The run has not ended.
+    """
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
+    if metadata["cursor"] != metadata["batches"]:
+        raise MomentsError(
+            f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"
+        )
 
 
 def default_pairs_of(info: ModelInfo) -> tuple[Pair, ...]:

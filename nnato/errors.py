@@ -61,6 +61,10 @@ class RemoteError(NnatoError):
         self.job, self.transient = job, transient
 
 
+class ClusterError(NnatoError):
+    """A cluster that is not there, too small, or loses its workers."""
+
+
 class MissingExtraError(NnatoError):
     """A part of nnato that needs a package which is not installed."""
 

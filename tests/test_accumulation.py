@@ -356,12 +356,12 @@ def test_moments_whose_metadata_do_not_fit_are_refused(model, corpus, tmp_path, 
 
 
 def test_moments_that_do_not_fit_into_memory_are_refused_first(model, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 10**14)))
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds, null: (10**15, 10**14)))
     with pytest.raises(MomentsError, match=r"take 1000000.0 GB of memory, and cpu has .* GB: ask for fewer sites or pairs"):
         accumulate(model, corpus, PAIRS)
     with pytest.raises(MomentsError, match=r"take 100000.0 GB of memory"):
         accumulate(model, corpus, PAIRS, out=tmp_path)
-    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 1)))
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds, null: (10**15, 1)))
     with pytest.raises(OutputError, match=r"GB left, and 1000000.0 GB will be written: ask for fewer sites, pairs or folds"):
         accumulate(model, corpus, PAIRS, out=tmp_path)
 

@@ -12,6 +12,7 @@ from nnato.errors import did_you_mean
 COMMANDS = {
     "demo": "The whole method on the embedded model: moments, operators, ablation, figures.",
     "accumulate": "Stream text through a model once and keep moments of its residuals.",
+    "merge": "Put shards of an accumulation together.",
     "fit": "Fit transport operators from moments and judge them on test documents.",
     "efficiency": "Compare operators of each rank with what any linear map could carry.",
     "scaling": "R² against training tokens, without reading text again.",
