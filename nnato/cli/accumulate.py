@@ -67,7 +67,7 @@ def command(
       nnato accumulate google/gemma-2-2b --text monology/pile-uncopyrighted
       nnato accumulate google/gemma-2-2b --pairs 10:12 --remote
       nnato accumulate --engine ray --workers 2
-      nnato accumulate --shard 1/8 --out shards/1   # … 8/8; then: nnato merge shards/* --out moments/
+      nnato accumulate --shard 1/8 --out shards/1    # then 2/8 …, and nnato merge
     """
     import torch
 
