@@ -98,7 +98,8 @@ def solvers(record: dict[str, Any]) -> Iterator[Row]:
 
 def ablation(record: dict[str, Any]) -> Iterator[Row]:
     """Of benchmarks/ablation.py."""
-    yield Row(f"ablation of {record['model']}: CPU time of full passes over ablate", record["ratio"], None, False)
+    for one in record["by_target"]:
+        yield Row(f"ablation of {record['model']}, target {one['target']}: CPU time of full passes over ablate", one["ratio"], None, False)
 
 
 SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {

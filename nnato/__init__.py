@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from nnato.accumulation import Accumulated, accumulate, load_moments
     from nnato.cca import CanonicalCorrelations, canonical_correlations
     from nnato.corpus import Corpus
+    from nnato.dictionaries import Dictionary, load_dictionary
     from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, transport_efficiency
     from nnato.errors import NnatoError
+    from nnato.features import FeatureResult, evaluate_features
     from nnato.fitting import Fit, fit
     from nnato.models import load_model
     from nnato.moments import Moments
@@ -36,7 +38,9 @@ _HOMES = {
     "Accumulated": "accumulation",
     "CanonicalCorrelations": "cca",
     "Corpus": "corpus",
+    "Dictionary": "dictionaries",
     "Efficiency": "efficiency",
+    "FeatureResult": "features",
     "Fit": "fitting",
     "Method": "selection",
     "Moments": "moments",
@@ -49,7 +53,9 @@ _HOMES = {
     "ablate": "perplexity",
     "accumulate": "accumulation",
     "canonical_correlations": "cca",
+    "evaluate_features": "features",
     "fit": "fitting",
+    "load_dictionary": "dictionaries",
     "load_model": "models",
     "load_moments": "accumulation",
     "scaling_study": "scaling",
@@ -62,7 +68,9 @@ __all__ = [
     "Accumulated",
     "CanonicalCorrelations",
     "Corpus",
+    "Dictionary",
     "Efficiency",
+    "FeatureResult",
     "Fit",
     "Method",
     "Moments",
@@ -76,7 +84,9 @@ __all__ = [
     "ablate",
     "accumulate",
     "canonical_correlations",
+    "evaluate_features",
     "fit",
+    "load_dictionary",
     "load_model",
     "load_moments",
     "scaling_study",

@@ -99,6 +99,7 @@ def stream(
     about: Mapping[str, Any],
     *,
     file: Path | None = None,
+    kind: str = KIND,
     batch_size: int = 8,
     checkpoint_every: int = 20,
     remote: RemoteMoments | None = None,
@@ -119,6 +120,7 @@ def stream(
         request: Identifies the run, in JSON; a file of another request is refused.
         about: More for the file's metadata.
         file: Where to keep checkpoints and the result.
+        kind: What the file holds.
         batch_size: Token blocks per forward pass.
         checkpoint_every: Batches between checkpoints.
         remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
@@ -137,7 +139,7 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, medians, shard, progress)
+        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, shard, progress)
 
 
 def _finished(file: Path) -> bool:
@@ -153,17 +155,17 @@ def _previous(file: Path) -> Path:
     return file.with_stem(f"{file.stem}.previous")
 
 
-def _checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Metadata] | None:
+def _checkpoint(file: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata] | None:
     """The last checkpoint that can be read, if there are any."""
     before = _previous(file)
     if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
-        return read_artifact(before, KIND) if before.exists() else None
+        return read_artifact(before, kind) if before.exists() else None
     try:
-        return read_artifact(file, KIND)
+        return read_artifact(file, kind)
     except FileFormatError as damage:
         if not before.exists():
             raise
-        found = read_artifact(before, KIND)
+        found = read_artifact(before, kind)
         warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
         return found
 
@@ -175,6 +177,7 @@ def _stream(
     request: Mapping[str, Any],
     about: Mapping[str, Any],
     file: Path | None,
+    kind: str,
     batch_size: int,
     checkpoint_every: int,
     remote: RemoteMoments | None,
@@ -186,10 +189,10 @@ def _stream(
     mine = range(len(plan)) if shard is None else shard.batches(blocks.work(plan))
     classes, cursor = TokenClasses(medians), mine.start
     part = {} if shard is None else {"shard": [shard.number, shard.count]}
-    if file is not None and (found := _checkpoint(file)):
+    if file is not None and (found := _checkpoint(file, kind)):
         tensors, metadata = found
         if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
-            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
+            raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
         cursor = metadata["cursor"]
         statistic.restore(tensors, metadata)
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
@@ -222,7 +225,7 @@ def _stream(
         else:
             cursor = remote.add(model, blocks, plan, cursor, classes)
         if file is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(cursor), keep=_previous(file))
+            write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
             if cursor == mine.stop:
                 _previous(file).unlink(missing_ok=True)
     if progress is not None:

@@ -29,6 +29,10 @@ class OperatorError(NnatoError):
     """An operator that does not fit the model, or an intervention nobody knows."""
 
 
+class DictionaryError(NnatoError):
+    """A sparse autoencoder that cannot be found or read, or does not belong to the model or site."""
+
+
 class PositionError(NnatoError):
     """Positions outside the sequence, or more of them than there are tokens."""
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from nnato.errors import MomentsError
 from nnato.linalg import spectrum, whitening
-from nnato.moments import Moments
 from nnato.regression import Regression
-
-if TYPE_CHECKING:
-    from nnato.sites import ResidualSite
 
 METRICS = ("variance_weighted", "uniform", "whitened")
 """`variance_weighted`: share of the total variance (Γ = I). `uniform`: mean of per-coordinate R². `whitened`: Γ = C_yy⁻¹ of training."""
@@ -105,23 +100,20 @@ def check_metric(metric: str) -> None:
         raise MomentsError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}")
 
 
-def error_matrix(heldout: Moments, pair: tuple[ResidualSite, ResidualSite], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def error_matrix(heldout: Regression, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`R = Σ (y - ŷ)ᵀ(y - ŷ)` of the map `ŷ = x W + b` on held-out rows, from their moments (METHODS §4.1).
 
     Args:
-        heldout: Moments of the held-out rows.
-        pair: (source, target).
+        heldout: The rows.
         weight: float64 (d_x, d_y).
         bias: float64 (d_y,).
 
     Returns:
         float64 (d_y, d_y).
     """
-    source, target = pair
-    c_xx, c_xy, c_yy = heldout.scatter_of(source, source), heldout.scatter_of(*pair), heldout.scatter_of(target, target)
-    mean = heldout.mean_of(target) - heldout.mean_of(source) @ weight - bias
-    cross = weight.T @ c_xy
-    return c_yy - cross - cross.T + weight.T @ c_xx @ weight + heldout.n * torch.outer(mean, mean)
+    mean = heldout.y_mean - heldout.x_mean @ weight - bias
+    cross = weight.T @ heldout.xy
+    return heldout.yy - cross - cross.T + weight.T @ heldout.xx @ weight + heldout.n * torch.outer(mean, mean)
 
 
 def r2(error: torch.Tensor, total: torch.Tensor, weigh: Weighting) -> float:

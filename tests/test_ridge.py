@@ -201,7 +201,7 @@ def test_r2_equals_scikit_learn_on_test(data, parts, metric):
     total = parts["test"].yy
     weigh = weighting(metric, total, total)
     want = r2_score(y, x @ weight.numpy() + bias.numpy(), multioutput=sklearn_name(metric))
-    assert r2(error_matrix(moments_of(x, y), (S, T), weight, bias), total, weigh) == pytest.approx(want, abs=1e-9)
+    assert r2(error_matrix(Regression.of(moments_of(x, y), (S, T)), weight, bias), total, weigh) == pytest.approx(want, abs=1e-9)
     folds = [regression(x[part], y[part]) for part in np.array_split(np.arange(len(x)), 4)]
     errors = squared_errors(weight, bias, folds, weigh)
     totals = squared_deviations(folds, parts["test"].y_mean, weigh)
@@ -213,7 +213,7 @@ def test_error_matrix_is_that_of_materialised_predictions(data):
     weight, bias = rng.normal(size=(D, D)), rng.normal(size=D)
     x, y = data["test"]
     error = y - x @ weight - bias
-    got = error_matrix(moments_of(x, y), (S, T), torch.from_numpy(weight), torch.from_numpy(bias)).numpy()
+    got = error_matrix(Regression.of(moments_of(x, y), (S, T)), torch.from_numpy(weight), torch.from_numpy(bias)).numpy()
     assert np.abs(got - error.T @ error).max() <= 1e-11 * np.abs(error.T @ error).max()
 
 

@@ -17,6 +17,9 @@ COMMANDS = {
     "scaling": "R² against training tokens, without reading text again.",
     "ablate": "Replace residuals by predictions and measure the loss.",
     "generate": "Continue a prompt with residuals replaced at every step.",
+    "lens": "The tuned lens in closed form: fit, load, evaluate, export.",
+    "mlsae": "One sparse autoencoder for all layers: train, import, and what it shows.",
+    "sae": "Train a sparse autoencoder of one site.",
     "info": "Say what a file, a folder or a model is.",
 }
 

@@ -1,0 +1,445 @@
+"""Sparse autoencoders as frozen data: encode, decode, and where they belong. sae_lens only loads them.
+
+Weights are kept in the form in which they act: whatever a training recipe folds into its encoder (norms of the decoder, averages of
+norms) is folded when the dictionary is loaded, so that encoding is one product and one non-linearity, on torch alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from nnato.embedded import LOAD_ERRORS
+from nnato.errors import DictionaryError, SiteError, first_line
+from nnato.models import ModelInfo
+from nnato.sites import ResidualSite
+
+KINDS = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
+"""Architectures of sae_lens, by our names. BatchTopK and its Matryoshka variant are saved as JumpReLU."""
+SCALINGS = ("none", "layer_norm", "constant_norm_rescale")
+"""What a dictionary does to each input by itself: nothing, standardise it, or give it the norm √d."""
+NEURONPEDIA = "https://www.neuronpedia.org"
+_NAMES = {"gpt2-small": "gpt2"}
+"""Names of models in sae_lens that differ from those on the hub."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A sparse autoencoder in the form in which it acts, all float32.
+
+    Attributes:
+        kind: How a latent's activation follows from its pre-activation p: `relu` (p if p > 0), `jumprelu` (p if p > threshold), `topk`
+            (the k largest of a token, if positive), `gated` (gain · (p - b_enc) + magnitude_bias if that and p are positive).
+        W_enc: (d_model, latents).
+        b_enc: (latents,).
+        W_dec: (latents, d_model).
+        b_dec: (d_model,).
+        shift: Subtracted from the (scaled) input before encoding, (d_model,): b_dec, or zero.
+        scaling: One of `SCALINGS`.
+        threshold: (latents,), of `jumprelu`.
+        gain: (latents,), of `gated`.
+        magnitude_bias: (latents,), of `gated`.
+        k: Of `topk`.
+        sites: Where it was trained; more than one for a multi-layer SAE; empty if it does not say.
+        model: Of the model it was trained on what is known: `name`, and for those that nnato trained its whole fingerprint.
+        lens: Fingerprint of the lens behind which it was trained: it reads residuals of the last block only, or others through that lens.
+        neuronpedia: Its id there, e.g. `gemma-2-2b/20-gemmascope-res-16k`.
+        source: Where it was loaded from.
+    """
+
+    kind: str
+    W_enc: torch.Tensor = field(repr=False)
+    b_enc: torch.Tensor = field(repr=False)
+    W_dec: torch.Tensor = field(repr=False)
+    b_dec: torch.Tensor = field(repr=False)
+    shift: torch.Tensor = field(repr=False)
+    scaling: str = "none"
+    threshold: torch.Tensor | None = field(default=None, repr=False)
+    gain: torch.Tensor | None = field(default=None, repr=False)
+    magnitude_bias: torch.Tensor | None = field(default=None, repr=False)
+    k: int | None = None
+    sites: tuple[ResidualSite, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    lens: str | None = None
+    neuronpedia: str | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        width, latents = self.W_enc.shape if self.W_enc.dim() == 2 else (0, 0)
+        vectors = {"b_enc": latents, "b_dec": width, "shift": width}
+        vectors |= dict.fromkeys(_EXTRA.get(self.kind, ()), latents)
+        if self.kind not in KINDS.values() or self.scaling not in SCALINGS or (self.kind == "topk" and not 0 < (self.k or 0) <= latents):
+            raise DictionaryError(f"{self}: unknown kind or scaling, or a k that is not among its {latents} latents")
+        for name, tensor in self._tensors().items():
+            if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+                raise DictionaryError(f"{self}: {name} is not float32, or not finite")
+        wrong = [name for name, size in vectors.items() if getattr(self, name) is None or getattr(self, name).shape != (size,)]
+        if self.W_dec.shape != (latents, width) or wrong:
+            raise DictionaryError(f"{self}: the shapes of its weights do not fit together ({', '.join(wrong) or 'W_dec'})")
+
+    def __str__(self) -> str:
+        return self.source or f"a {self.kind} dictionary"
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residuals it encodes."""
+        return self.W_enc.shape[0]
+
+    @property
+    def latents(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def directions(self) -> torch.Tensor:
+        """Decoder rows of unit norm, float64 (latents, d_model); NaN for a row of zeros."""
+        rows = self.W_dec.double()
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows / torch.where(norms > 0, norms, float("nan"))
+
+    # ---- encoding ------------------------------------------------------------------------------------------------------
+
+    def pre_activations(self, x: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """What decides whether a latent is active.
+
+        Args:
+            x: Float (…, d_model).
+            latents: int64 (chosen,); all by default.
+
+        Returns:
+            float32 (…, latents or chosen).
+
+        Raises:
+            DictionaryError: x has another width.
+        """
+        self._check_width(x)
+        centred = self._scaled(x.float())[0] - self.shift
+        if latents is None:
+            return centred @ self.W_enc + self.b_enc
+        return centred @ self.W_enc[:, latents] + self.b_enc[latents]
+
+    def encode(self, x: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations, dense.
+
+        Args:
+            x: Float (…, d_model).
+            latents: int64 (chosen,): only these are computed, except for `topk`, where all of them compete; all by default.
+
+        Returns:
+            float32 (…, latents or chosen), not negative.
+
+        Raises:
+            DictionaryError: x has another width.
+        """
+        if self.kind != "topk":
+            return self.activations(self.pre_activations(x, latents), latents)
+        every = self.activations(self.pre_activations(x))
+        return every if latents is None else every[..., latents]
+
+    def encode_sparse(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations of a `topk` dictionary as values, float32 (…, k), and latents, int64 (…, k); a value may be zero.
+
+        Raises:
+            DictionaryError: It is of another kind, or x has another width.
+        """
+        if self.k is None:
+            raise DictionaryError(f"{self} is of kind {self.kind}: only topk has a fixed number of active latents")
+        values, latents = torch.topk(self.pre_activations(x), self.k, dim=-1, sorted=False)
+        return values.relu(), latents
+
+    def activations(self, pre: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """The non-linearity alone, on what `pre_activations` returned for the same latents (of `topk`: for all of them)."""
+
+        def of(vector: torch.Tensor | None) -> torch.Tensor:
+            if vector is None:
+                raise DictionaryError(f"{self} lacks a weight of its kind")
+            return vector if latents is None else vector[latents]
+
+        if self.kind == "relu":
+            return pre.relu()
+        if self.kind == "jumprelu":
+            return pre.relu() * (pre > of(self.threshold))
+        if self.kind == "gated":
+            magnitude = (pre - of(self.b_enc)) * of(self.gain) + of(self.magnitude_bias)
+            return magnitude.relu() * (pre > 0)
+        values, chosen = torch.topk(pre, self.k or 0, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, chosen, values.relu())
+
+    # ---- decoding ------------------------------------------------------------------------------------------------------
+
+    def decode(self, activations: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Reconstruct residuals.
+
+        Args:
+            activations: Float (…, latents).
+            x: The residuals they come from, float (…, d_model): a dictionary that scales its input takes mean and scale from them.
+
+        Returns:
+            float32 (…, d_model).
+
+        Raises:
+            DictionaryError: It scales its input, and x is missing.
+        """
+        return self._unscaled(activations.float() @ self.W_dec + self.b_dec, x)
+
+    def decode_sparse(self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
+        """As `decode`, from values and latents as `encode_sparse` gives them, float and int64 (…, k)."""
+        flat = values.float().reshape(-1, values.shape[-1])
+        summed = torch.nn.functional.embedding_bag(latents.reshape(flat.shape), self.W_dec, per_sample_weights=flat, mode="sum")
+        return self._unscaled(summed.reshape(*values.shape[:-1], self.d_model) + self.b_dec, x)
+
+    def _unscaled(self, decoded: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        if self.scaling == "none":
+            return decoded
+        if x is None:
+            raise DictionaryError(f"{self} standardises its input: to decode, give the residuals too")
+        self._check_width(x)
+        _, mean, scale = self._scaled(x.float())
+        return decoded * scale + mean
+
+    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The input as it is encoded, and the mean and scale that bring it back."""
+        zero, one = x.new_zeros(()), x.new_ones(())
+        if self.scaling == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            centred = x - mean
+            deviation = centred.std(-1, keepdim=True)
+            return centred / (deviation + 1e-5), mean, deviation  # sae_lens adds the constant on the way in only
+        if self.scaling == "constant_norm_rescale":
+            factor = self.d_model**0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x * factor, zero, 1 / factor
+        return x, zero, one
+
+    # ---- where it belongs ----------------------------------------------------------------------------------------------
+
+    def check_fits(self, model: Mapping[str, Any], site: ResidualSite) -> None:
+        """Refuse a dictionary of another model, width or site.
+
+        Args:
+            model: Fingerprint of a model (`ModelInfo.fingerprint`, `Accumulated.model`).
+            site: Where it is to be used.
+
+        Raises:
+            DictionaryError: It does not belong there.
+        """
+        if self.d_model != model["d_model"]:
+            raise DictionaryError(f"{self} is for residuals of width {self.d_model}; {model['name']} has {model['d_model']}")
+        if self.sites and site not in self.sites:
+            raise DictionaryError(
+                f"{self} was trained at {'site' if len(self.sites) == 1 else 'sites'} {', '.join(map(str, self.sites))}, not at {site}"
+            )
+        if "digest" in self.model:
+            if not ModelInfo(**model).fits(self.model):
+                raise DictionaryError(f"{self} was trained on {self.model.get('name')} with other weights than {model['name']} has here")
+        elif "name" in self.model and not Path(model["name"]).expanduser().exists() and _short(self.model["name"]) != _short(model["name"]):
+            raise DictionaryError(f"{self} was trained on {self.model['name']}, not on {model['name']}")
+
+    def link(self, latent: int) -> str | None:
+        """Address of a latent on Neuronpedia; None if it is not there."""
+        return None if self.neuronpedia is None else f"{NEURONPEDIA}/{self.neuronpedia}/{latent}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies it, in JSON: contents, not the name."""
+        digest = hashlib.blake2b(json.dumps([self.kind, self.scaling, self.k]).encode(), digest_size=16)
+        for name, tensor in self._tensors().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "scaling": self.scaling,
+            "latents": self.latents,
+            "d_model": self.d_model,
+            "sites": [site.key for site in self.sites],
+            "model": dict(self.model),
+            "neuronpedia": self.neuronpedia,
+            "digest": digest.hexdigest(),
+        }
+
+    def to(self, device: torch.device | str) -> Dictionary:
+        """The same on a device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def _check_width(self, x: torch.Tensor) -> None:
+        if x.shape[-1] != self.d_model:
+            raise DictionaryError(f"{self} is for residuals of width {self.d_model}, not {x.shape[-1]}")
+
+
+_EXTRA = {"jumprelu": ("threshold",), "gated": ("gain", "magnitude_bias")}
+
+
+def origin(info: ModelInfo, sites: tuple[ResidualSite, ...]) -> dict[str, Any]:
+    """What to put into the metadata of an SAE that is trained here, so that `load_dictionary` knows where it belongs.
+
+    Args:
+        info: The model.
+        sites: Where it is trained.
+
+    Returns:
+        Attributes for sae_lens' `cfg.metadata`.
+    """
+    hook = {} if len(sites) > 1 or sites[0] < 0 else {"hook_name": f"blocks.{int(sites[0])}.hook_resid_post"}
+    return {"model_name": info.name, "nnato_sites": [site.key for site in sites], "nnato_model": info.fingerprint(), **hook}
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------------
+
+
+def load_dictionary(reference: str | Path, device: torch.device | str = "cpu") -> Dictionary:
+    """Load a sparse autoencoder.
+
+    Args:
+        reference: A folder that sae_lens saved (`cfg.json`, `sae_weights.safetensors`), the `params.npz` of a Gemma Scope SAE or a folder
+            that holds one, `RELEASE/ID` as sae_lens lists them (`gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical`), or
+            `mlsae:PATH` for a multi-layer SAE: a folder of either sae_lens or the authors of arXiv 2409.04185.
+        device: Where to put the weights.
+
+    Returns:
+        The dictionary, in float32.
+
+    Raises:
+        DictionaryError: It cannot be found or read, or is of a kind that is not supported.
+    """
+    text = str(reference)
+    path = Path(text.removeprefix("mlsae:")).expanduser()
+    if text.startswith("mlsae:") and (path / "model.safetensors").is_file():
+        return _from_mlsae(path, text).to(device)
+    if path.is_dir() and (path / "cfg.json").is_file():
+        return _from_sae_lens(text, lambda library: library.SAE.load_from_disk(path, dtype="float32")).to(device)
+    if path.suffix == ".npz" or (path.is_dir() and (path / "params.npz").is_file()):
+        file = path if path.suffix == ".npz" else path / "params.npz"
+        return _from_sae_lens(text, lambda library: library.SAE.load_from_disk(file, dtype="float32", converter=_read_gemma_scope)).to(
+            device
+        )
+    release, slash, identity = text.partition("/")
+    if path.exists() or text.startswith(("mlsae:", ".", "/", "~")) or not slash or not identity:
+        raise DictionaryError(
+            f"no SAE {text!r}: give a folder with cfg.json and sae_weights.safetensors, a params.npz, or RELEASE/ID as sae_lens lists them"
+        )
+    return _from_sae_lens(text, lambda library: library.SAE.from_pretrained(release, identity)).to(device)
+
+
+def _from_sae_lens(source: str, load: Any) -> Dictionary:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sae_lens and what it imports warn of things that nobody here can change
+        import sae_lens
+
+        try:
+            return _converted(load(sae_lens), source)
+        except (*LOAD_ERRORS, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise DictionaryError(
+                f"sae_lens cannot load {source!r}: {first_line(error)}. A trainer's checkpoint has to be saved for inference first; an SAE "
+                "of the hub needs the network once"
+            ) from None
+
+
+def _converted(sae: Any, source: str) -> Dictionary:
+    """A dictionary from an SAE of sae_lens, with everything folded that can be."""
+    config, metadata = sae.cfg, sae.cfg.metadata
+    kind = KINDS.get(config.architecture())
+    if kind is None:
+        raise DictionaryError(f"{source}: SAEs of architecture {config.architecture()!r} are not supported; {', '.join(KINDS)} are")
+    if config.normalize_activations not in SCALINGS or config.reshape_activations != "none":
+        raise DictionaryError(
+            f"{source}: its inputs are transformed ({config.normalize_activations}, {config.reshape_activations}) by something that is not "
+            "saved with it; fold that into its weights with sae_lens"
+        )
+    state = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
+    encoder, decoder, b_dec = state["W_enc"], state["W_dec"], state["b_dec"]
+    bias = state["b_gate"] if kind == "gated" else state["b_enc"]
+    if getattr(config, "rescale_acts_by_decoder_norm", False):
+        norms = torch.linalg.vector_norm(decoder, dim=1)
+        encoder, bias, decoder = encoder * norms, bias * norms, decoder / norms[:, None]
+    return Dictionary(
+        kind=kind,
+        W_enc=encoder.contiguous(),
+        b_enc=bias,
+        W_dec=decoder.contiguous(),
+        b_dec=b_dec,
+        shift=b_dec if config.apply_b_dec_to_input else torch.zeros_like(b_dec),
+        scaling=config.normalize_activations,
+        threshold=state.get("threshold"),
+        gain=state["r_mag"].exp() if kind == "gated" else None,
+        magnitude_bias=state.get("b_mag"),
+        k=getattr(config, "k", None),
+        sites=_sites_of(metadata, source),
+        model=dict(metadata.get("nnato_model") or ({"name": metadata["model_name"]} if metadata["model_name"] else {})),
+        lens=metadata.get("nnato_lens"),
+        neuronpedia=metadata.get("neuronpedia_id"),
+        source=source,
+    )
+
+
+def _sites_of(metadata: Any, source: str) -> tuple[ResidualSite, ...]:
+    try:
+        if metadata.get("nnato_sites"):
+            return tuple(ResidualSite.parse(site) for site in metadata["nnato_sites"])
+        return (ResidualSite.parse(metadata["hook_name"]),) if metadata["hook_name"] else ()
+    except SiteError as error:
+        raise DictionaryError(f"{source} is not an SAE of the residual stream: {error}") from None
+
+
+def _read_gemma_scope(
+    file: str | Path, device: str, cfg_overrides: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A converter for sae_lens: the `params.npz` of a Gemma Scope SAE. Its path, if it is that of their repository, says what it is of."""
+    with np.load(file, allow_pickle=False) as data:
+        state = {"W_" + key[2:] if key.startswith("w_") else key: torch.from_numpy(data[key]).float() for key in data}
+    state = {key: state[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    place = Path(file).expanduser().absolute().as_posix()
+    layer, repository = re.search(r"/layer_(\d+)/", place), re.search(r"/gemma-scope-(\w+)-(pt|it)-res/", place)
+    config = {
+        "architecture": "jumprelu",
+        "d_in": state["W_enc"].shape[0],
+        "d_sae": state["W_enc"].shape[1],
+        "device": device,
+        "apply_b_dec_to_input": False,
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "hook_name": layer and f"blocks.{layer[1]}.hook_resid_post",
+            "model_name": repository and f"gemma-2-{repository[1]}" + ("-it" if repository[2] == "it" else ""),
+        },
+    }
+    return config | dict(cfg_overrides or {}), state
+
+
+def _from_mlsae(folder: Path, source: str) -> Dictionary:
+    """A checkpoint of the authors of arXiv 2409.04185. It does not say of which model and layers it is."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        state = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+        encoder, decoder, bias = state["encoder.weight"].T, state["decoder.weight"].T, state["pre_encoder_bias"]
+        return Dictionary(
+            kind="topk",
+            W_enc=encoder.contiguous(),
+            b_enc=encoder.new_zeros(encoder.shape[1]),
+            W_dec=decoder.contiguous(),
+            b_dec=bias,
+            shift=bias,
+            scaling="layer_norm" if config.get("standardize", True) else "none",
+            k=config["k"],
+            source=source,
+        )
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise DictionaryError(f"{source} holds no readable multi-layer SAE: {first_line(error)}") from None
+
+
+def _short(name: str) -> str:
+    """A model's name without its owner, in lower case."""
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    return _NAMES.get(last, last)
