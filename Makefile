@@ -25,6 +25,7 @@ ndif:
 # The rivals are installed for this only.
 bench: .venv/bench.stamp
 	.venv/bin/python benchmarks/accumulation.py
+	.venv/bin/python benchmarks/accumulation.py --sequences 8 --all-pairs-only 'nnato, float32 products, without null'
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--model")
-    parser.add_argument("--all-pairs-only", help="measure only these ways of all pairs, separated by ;, and put them into the last result")
+    parser.add_argument("--all-pairs-only", help="measure only these ways of all pairs, separated by ;, and add them to the last result")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(arguments.model, device="cpu")
@@ -218,7 +218,8 @@ def main() -> None:
             chosen = ["bare", *arguments.all_pairs_only.split(";")]
             found = turns({name: everything[name] for name in chosen}, repeats)
             record = json.loads((RESULTS / "accumulation.json").read_text())
-            record["all_pairs"] |= {name: ratio(found, name, "bare") | {"tokens_per_pass": tokens} for name in chosen[1:]}
+            extra = {"tokens_per_pass": tokens, "command": provenance()["command"]}
+            record["all_pairs"] |= {f"{name}, {tokens:,} tokens a pass": ratio(found, name, "bare") | extra for name in chosen[1:]}
             write(record)
             return
         of_pair = turns(

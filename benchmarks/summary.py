@@ -60,7 +60,7 @@ def accumulation(record: dict[str, Any]) -> Iterator[Row]:
         ours = name == "nnato"
         yield Row(f"one pair, {name}: {bare}", found["ratio"], 1.05 if ours else None, True if ours else None)
     for name, found in record["all_pairs"].items():
-        last = name == "nnato, float32 products, without null"
+        last = name.startswith("nnato, float32 products, without null")
         yield Row(f"all pairs of {record['model']}, {name}: {bare}", found["ratio"], 1.7 if last else None, True)
     for name, found in record["sums_of_one_pair"].items():
         ours = name.startswith("nnato")
@@ -98,7 +98,8 @@ def solvers(record: dict[str, Any]) -> Iterator[Row]:
 
 def ablation(record: dict[str, Any]) -> Iterator[Row]:
     """Of benchmarks/ablation.py."""
-    yield Row(f"ablation of {record['model']}: CPU time of full passes over ablate", record["ratio"], None, False)
+    for one in record["by_target"]:
+        yield Row(f"ablation of {record['model']}, target {one['target']}: CPU time of full passes over ablate", one["ratio"], None, False)
 
 
 SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {

@@ -44,7 +44,7 @@ def test_the_command_ends_with_one_on_a_regression(tmp_path):
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
 
     def measured(ratio):
-        record = {"model": "smollm2", "ratio": ratio}
+        record = {"model": "smollm2", "by_target": [{"target": 10, "ratio": ratio}]}
         (folder / "results" / "ablation.json").write_text(json.dumps(record))
         forward = {"one_pair": {"nnato": {"ratio": 1.01}}, "all_pairs": {}, "sums_of_one_pair": {}, "gram": {}, "model": "x"}
         forward["processes_cpu_s"] = {"python": 0.01, "import nnato": 0.05, "nnato --help": 0.1}
