@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from nnato.errors import MomentsError
 from nnato.operators import TransportOperator
-from nnato.sums import PairSums, positive
+from nnato.sums import PairSums, positive, quantiles
 
 FEWEST_TOKENS, FEWEST_DOCUMENTS = 50, 10
 """With fewer active tokens, or documents that have some, a feature has no scores."""
@@ -85,6 +86,32 @@ class FeaturePass:
         code = torch.where(self.documents < fewest_documents, 3, code)
         code = torch.where(self.active < fewest_tokens, 2, code)
         return torch.where(self.active == 0, 1, code)
+
+    def summary(self, number: int = 0) -> dict[str, Any]:
+        """Quantiles over the features that have scores, in JSON, with how many these are and why others have none.
+
+        Args:
+            number: Which operator.
+        """
+        one, reasons = self.scores[number], self.reasons()
+        known = reasons == 0
+        found = {
+            "active_r2": one.active.r2().value,
+            "active_pearson": one.active.pearson(),
+            "active_fvu_uncentred": one.active.moved(self.mean).fvu(),
+            "latent_r2": one.latent.r2().value,
+            "precision": one.precision,
+            "recall": one.recall,
+            "f1": one.f1,
+            "auc": one.auc,
+        }
+        return {
+            "tokens": self.tokens,
+            "missing": {name: int((reasons == code).sum()) for code, name in enumerate(REASONS) if code},
+            "unexplained": self.unexplained,
+            "unexplained_of_predictions": one.unexplained,
+            **{name: quantiles(values[known]) for name, values in found.items()},
+        }
 
 
 def paper_metrics(result: FeaturePass, number: int = 0) -> dict[str, torch.Tensor]:

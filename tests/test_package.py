@@ -33,6 +33,7 @@ ROWS = [
     {"effects", "controls", "scaling", "features"},
     {"perplexity", "feature_pass"},
     {"plots", "generation"},
+    {"feature_plots"},
     {"cli"},
 ]
 
