@@ -26,6 +26,7 @@ bench: .venv/test.stamp
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py
+	.venv/bin/python benchmarks/features.py
 	.venv/bin/python benchmarks/remote.py
 	.venv/bin/python benchmarks/ablation.py
 	.venv/bin/python benchmarks/ablation.py --model smollm2 --targets 10,18,25
