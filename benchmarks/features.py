@@ -1,8 +1,8 @@
 """R² of every feature: one matrix product from moments against a loop over features on stored arrays, in CPU time on one thread.
 
-The loop does what the authors' code does for each feature: two products of all rows with its direction, and sums over them. Moments are
-made from the same rows, and their cost counts. Ways take turns; medians of the ratios of each turn are reported. Then the time of the product
-alone at the width of gemma-2-2b. Prints one JSON object and writes benchmarks/results/features.json.
+The loop does what the authors' code does for each feature: two products of all rows with its direction, and sums over them.
+Moments are made from the same rows, and their cost counts. Ways take turns; medians of the ratios of each turn are reported.
+Then the time of the product alone at the width of gemma-2-2b. Prints one JSON object and writes benchmarks/results/features.json.
 """
 
 from __future__ import annotations
