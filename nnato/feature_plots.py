@@ -41,6 +41,6 @@ def r2_by_leap(results: Sequence[FeatureResult], path: Path, about: str) -> Path
         below = [base + height for base, height in zip(below, heights, strict=True)]
     right.set_xticks(range(len(results)), [f"{result.pair[0]} → {result.pair[1]}" for result in results])
     right.set_ylabel("share of features")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"R² of decoder directions, all ordinary tokens of test documents · {about}", fontsize=10)
     return _save(figure, path)
