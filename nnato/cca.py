@@ -226,7 +226,7 @@ def debias(squares: torch.Tensor, ranks: tuple[int, int], size: EffectiveSize) -
         size: Effective number of tokens.
 
     Returns:
-        float64 (k,): zero for what is not above the noise edge; NaN if there are not more effective tokens than dimensions.
+        float64 (k,), zero for what is not above the noise edge; NaN if there are not more effective tokens than dimensions.
     """
     a, b = ranks[0] / size.n, ranks[1] / size.n
     if a + b >= 1:

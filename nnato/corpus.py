@@ -201,6 +201,10 @@ class TokenBlocks:
                 batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         return batches
 
+    def work(self, plan: Iterable[np.ndarray]) -> list[int]:
+        """Positions, padding included, of each batch of a plan: what a forward pass costs, up to a factor."""
+        return [len(rows) * int(self.index[rows, 1].max()) for rows in plan]
+
     def only(self, split: str) -> TokenBlocks:
         """The blocks of one split."""
         return replace(self, index=self.index[self.index[:, 2] == SPLITS.index(split)])

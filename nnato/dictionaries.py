@@ -53,6 +53,7 @@ class Dictionary:
         k: Of `topk`.
         sites: Where it was trained; more than one for a multi-layer SAE; empty if it does not say.
         model: Of the model it was trained on what is known: `name`, and for those that nnato trained its whole fingerprint.
+        lens: Fingerprint of the lens behind which it was trained: it reads residuals of the last block only, or others through that lens.
         neuronpedia: Its id there, e.g. `gemma-2-2b/20-gemmascope-res-16k`.
         source: Where it was loaded from.
     """
@@ -70,6 +71,7 @@ class Dictionary:
     k: int | None = None
     sites: tuple[ResidualSite, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
+    lens: str | None = None
     neuronpedia: str | None = None
     source: str = ""
 
@@ -407,6 +409,7 @@ def _converted(sae: Any, source: str) -> Dictionary:
         k=getattr(config, "k", None),
         sites=_sites_of(metadata, source),
         model=dict(metadata.get("nnato_model") or ({"name": metadata["model_name"]} if metadata["model_name"] else {})),
+        lens=metadata.get("nnato_lens"),
         neuronpedia=metadata.get("neuronpedia_id"),
         source=source,
     )

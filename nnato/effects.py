@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from nnato.edits import EditRecord
 from nnato.intervals import Interval
+from nnato.notebook import html_table
 from nnato.positions import Draws, Positions
 from nnato.sites import Pair
 
@@ -174,6 +175,15 @@ class AblationResult:
     def unedited(self) -> int:
         """Sequences without any position of the wanted kind: they count as unchanged in the log-perplexity, and nowhere else."""
         return sum(not any(drawn[number] for drawn in self.drawn) for number in range(self.sequences))
+
+    def _repr_html_(self) -> str:
+        columns = ("put in", "log-perplexity", "Δloss at edits", "KL", "over transport", "recovered")
+        rows: list[tuple[Any, ...]] = [("(unedited)", self.log_perplexity, "", "", "", "")]
+        for name, one in self.effects.items():
+            over = one.minus_transport or ""
+            rows.append((name, one.log_perplexity, one.delta_loss_at_edit, one.kl_interval, over, one.loss_recovered_mean))
+        note = f"nats; 95 % intervals, paired bootstrap over {self.documents} documents"
+        return html_table(f"{self.name()}: {self.draws.describe()}, {self.size()}", columns, rows, note)
 
     def name(self) -> str:
         """The pair in words, for titles."""

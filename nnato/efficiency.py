@@ -26,6 +26,7 @@ from nnato.intervals import Interval, jackknife, ratio_spread, share_explained
 from nnato.linalg import principal_axes, singular_values, whitening
 from nnato.lowrank import RankPath, reduced_rank, truncated
 from nnato.metrics import Weighting, squared_deviations, weighting
+from nnato.notebook import cell, html_table
 from nnato.regression import Regression
 from nnato.ridge import RidgeSource
 from nnato.selection import Method, Solver, group_folds
@@ -86,6 +87,13 @@ class Efficiency:
     sum_debiased: Interval
     points: tuple[RankPoint, ...]
     angles: dict[int | str, torch.Tensor] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        rows = [(point.rank, point.efficiency, point.r2, point.ceilings["debiased"]) for point in self.points]
+        found = self.correlations
+        note = f"Σρ² debiased {cell(self.sum_debiased)} of {found.width} dimensions; transport subspace of {found.dimensions}"
+        title = f"{self.pair[0]} → {self.pair[1]}: how much of what any linear map could carry"
+        return html_table(title, ("rank", "efficiency η", "whitened R²", "debiased ceiling"), rows, note)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `nnato efficiency --json`."""

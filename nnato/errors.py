@@ -1,5 +1,8 @@
 """What can go wrong, one class per cause. Every message names the thing and the remedy."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class NnatoError(Exception):
     """Base of all errors nnato raises on purpose."""
@@ -58,6 +61,10 @@ class RemoteError(NnatoError):
         self.job, self.transient = job, transient
 
 
+class ClusterError(NnatoError):
+    """A cluster that is not there, too small, or loses its workers."""
+
+
 class MissingExtraError(NnatoError):
     """A part of nnato that needs a package which is not installed."""
 
@@ -65,3 +72,9 @@ class MissingExtraError(NnatoError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: ` (did you mean …?)` if there is a similar one, else nothing."""
+    close = get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nnato.accumulation import stream
 from nnato.active_scores import EXTRAS, ActiveScores, FeaturePass, area
 from nnato.corpus import TokenBlocks
 from nnato.dictionaries import Dictionary
@@ -20,6 +19,7 @@ from nnato.models import describe
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress, ResidualBatch
+from nnato.streaming import stream
 from nnato.sums import PairSums, positive
 
 if TYPE_CHECKING:
@@ -324,7 +324,18 @@ def feature_pass(
         "batch_size": batch_size,
     }
     frozen = torch.tensor([medians[site] for site in sites], dtype=torch.float64)
-    stream(model, blocks.only(split), statistic, request, {}, medians=frozen, file=file, batch_size=batch_size, progress=progress)
+    stream(
+        model,
+        blocks.only(split),
+        statistic,
+        request,
+        {},
+        medians=frozen,
+        file=file,
+        kind="feature-pass",
+        batch_size=batch_size,
+        progress=progress,
+    )
     return statistic.result()
 
 

@@ -14,6 +14,7 @@ from nnato.errors import MomentsError
 from nnato.intervals import Interval, share_explained
 from nnato.metrics import METRICS, Weighting, squared_deviations, squared_errors, weighting
 from nnato.moments import Moments
+from nnato.notebook import html_table
 from nnato.operators import TransportOperator, baselines, compose, random_rotation, scaled_identity
 from nnato.regression import Regression
 from nnato.selection import Method, Solution, Solver, group_folds
@@ -63,6 +64,13 @@ class Fit:
     skill_intervals: dict[str, Interval]
     r2_all_tokens: dict[str, float]
     composed: dict[int | str, dict[str, float]]
+
+    def _repr_html_(self) -> str:
+        title = f"{self.operator.source} → {self.operator.target}: R² on test documents"
+        rows: list[tuple[Any, ...]] = [("operator", *self.r2_intervals.values())]
+        rows += [(name, *scores.values()) for name, scores in self.baselines.items()]
+        rows.append(("skill over identity + shift", *self.skill_intervals.values()))
+        return html_table(title, ("map", *self.r2_intervals), rows, f"penalty κ = {self.kappa:.0e}; 95 % intervals over folds of documents")
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `nnato fit --json`."""

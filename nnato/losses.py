@@ -31,6 +31,9 @@ Run = Sequence[Step]
 """Steps of one pass, by ascending target; all have the same interventions."""
 Set = tuple[Sequence[int], int | None, float | None, bool]
 """Positions in the order to take them, how many, the activity they must exceed, and whether there may be none."""
+Reference = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""What an edited pass is compared with at some positions: these, and of the unedited logits there the log-normaliser, the probabilities,
+their expected logit, and the most likely token."""
 Item = tuple[int, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, Sequence[Set]]
 """A sequence: its number, ids and special tokens, (1, positions) each; the same of a sequence of another document, if it is needed; and
 the sets of positions to edit."""
@@ -117,10 +120,15 @@ def measure(
         others = mates(at, ordinary)
         found: list[torch.Tensor] = []
         once: dict[int, dict[str, torch.Tensor]] = {}
+        references: dict[bool, Reference] = {}
         for run in runs:
             known = once.get(int(run[0][1]), {}) if len(run) == 1 else {}
             new = [(source, target, {name: way for name, way in ways.items() if name not in known}) for source, target, ways in run]
-            rows = iter(_sums(model, ids, new, run[0][1] == last, place, donors, at, others, clean, targets, losses))
+            behind = run[0][1] == last
+            if at and behind not in references:
+                # Behind the last block no position sees another one, so only the edited ones can change.
+                references[behind] = _reference(clean, at if behind else list(range(at[0], len(losses))))
+            rows = iter(_sums(model, ids, new, behind, place, donors, at, others, references.get(behind), targets, losses))
             mine = {name: known[name] if name in known else next(rows) for name in run[0][2]}
             once.setdefault(int(run[0][1]), {name: mine[name] for name in shared} if len(run) == 1 else {})
             found.append(torch.stack(list(mine.values())))
@@ -140,6 +148,21 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     """
     normaliser = torch.logsumexp(logits, -1)
     return normaliser - logits.gather(-1, targets[:, None])[:, 0], normaliser
+
+
+def mean_logit(probability: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Mean of logits under probabilities, both float32 (positions, vocabulary); float32 (positions,)."""
+    return torch.bmm(probability[:, None], logits[:, :, None])[:, 0, 0]  # without a product in memory
+
+
+def _reference(clean: torch.Tensor, positions: list[int]) -> Reference:
+    """What edited passes are compared with at some positions; clean is float32 (positions, vocabulary)."""
+    affected = torch.tensor(positions, device=clean.device)
+    with torch.autocast(device_type=clean.device.type, enabled=False):
+        before = clean[affected]
+        normaliser = torch.logsumexp(before, -1)
+        probability = torch.exp(before - normaliser[:, None])
+        return affected, normaliser, probability, mean_logit(probability, before), before.argmax(-1)
 
 
 def bins_of(predictions: int) -> int:
@@ -223,30 +246,24 @@ def _sums(
     donors: Mapping[int, torch.Tensor],
     edited: list[int],
     others: list[int],
-    clean: torch.Tensor,
+    reference: Reference | None,
     targets: torch.Tensor,
     losses: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums of one run, float64 (interventions, bins, 3), as `measure` gives them."""
+    """Sums of one run, float64 (interventions, bins, 3), as `measure` gives them; the reference is None if nothing is edited."""
     source, target, ways = run[0]
     names, predictions = list(ways), len(losses)
     sums = torch.zeros(len(names), bins_of(predictions), 3, dtype=torch.float64)
-    if not edited:
+    if reference is None:
         return sums
     bins = distance_bins(edited, predictions)
-    # Behind the last block no position sees another one, so only the edited ones can change.
-    affected = torch.tensor(edited if last else list(range(edited[0], predictions)), device=clean.device)
+    affected, normaliser, probability, expected, likeliest = reference
     if last:
         sums[:, 1:, 2] = torch.bincount(bins, minlength=sums.shape[1])[1:].double()
         bins = bins[bins == 0]
-    rows = max(1, LOGIT_BYTES // (4 * len(affected) * clean.shape[-1]))
+    rows = max(1, LOGIT_BYTES // (4 * probability.numel()))
     x, y = place[int(source)], place[int(target)]
-    with torch.autocast(device_type=clean.device.type, enabled=False):
-        before = clean[affected]
-        _, normaliser = token_losses(before, targets[affected])
-        probability = torch.exp(before - normaliser[:, None])
-        expected = (probability * before).sum(-1)
-        likeliest = before.argmax(-1)
+    with torch.autocast(device_type=y.device.type, enabled=False):
         replacements = [replaced(ways[name], x, y, edited, others, donors.get(int(target))) for name in names]
     for first in range(0, len(names), rows):
         some = names[first : first + rows]
@@ -254,13 +271,13 @@ def _sums(
         for row in range(len(some)):
             values[row, edited] = replacements[first + row].to(values)
         got = _resumed_logits(model, ids.expand(len(some), -1), run, some, values, place, donors, edited, others, affected)
-        with torch.autocast(device_type=clean.device.type, enabled=False):
+        with torch.autocast(device_type=y.device.type, enabled=False):
             for row in range(len(some)):
                 logits = got[row].float()
                 edited_losses, edited_normaliser = token_losses(logits, targets[affected])
                 delta = edited_losses.double() - losses[affected]
                 # In this order it is exactly zero where nothing changed.
-                kl = (expected - (probability * logits).sum(-1)) + (edited_normaliser - normaliser)
+                kl = (expected - mean_logit(probability, logits)) + (edited_normaliser - normaliser)
                 columns = torch.stack([delta, kl.double(), (logits.argmax(-1) == likeliest).double()], dim=1)
                 sums[first + row].index_add_(0, bins, columns.cpu())
     return sums

@@ -13,7 +13,7 @@ import torch
 
 from nnato.blocks import find_blocks
 from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf
-from nnato.errors import ModelError, PositionError, first_line
+from nnato.errors import ModelError, PositionError, did_you_mean, first_line
 from nnato.nnsight_setup import HUB_IDS, TransformersModel
 
 ON_SERVER = "on a server"
@@ -146,7 +146,10 @@ def load_model(
     elif path.is_dir():
         module, tokenizer = _from_folder(path, dtype)
     elif path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no model {name!r}: not an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file, or a hub id owner/name")
+        raise ModelError(
+            f"no model {name!r}{did_you_mean(name, EMBEDDED)}: not an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file, or a "
+            "hub id owner/name"
+        )
     else:
         module, tokenizer = _from_hub(name, dtype)
     module.config._name_or_path = name

@@ -10,6 +10,7 @@ import torch
 
 from nnato.errors import FileFormatError, OperatorError, SiteError
 from nnato.linalg import random_orthogonal
+from nnato.notebook import html_table
 from nnato.regression import Regression
 from nnato.sites import Pair, ResidualSite, make_pair
 from nnato.storage import read_artifact, require, require_entries, write_artifact
@@ -100,6 +101,13 @@ class TransportOperator(AffineMap):
                 f"operator {self.source}:{self.target}: weight, source mean and target mean have shapes {shapes}, "
                 "not (d_x, d_y), (d_x,) and (d_y,)"
             )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, Any]] = [("shape of W", " × ".join(map(str, self.weight.shape))), ("‖W‖", float(self.weight.norm()))]
+        rows += [(f"R² on test, {metric}", float(value)) for metric, value in self.details.get("r2", {}).items()]
+        rows += [(key.replace("_", " "), self.details[key]) for key in ("kappa", "training_tokens") if key in self.details]
+        rows += [(key, self.details[key].get(name)) for key, name in (("model", "name"), ("text", "source")) if key in self.details]
+        return html_table(f"{self.name} {self.source} → {self.target}", ("operator", ""), rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A trace that goes to a server takes along what it uses, by value: the map only, not this class with its files and versions.

@@ -12,7 +12,7 @@ from nnato.accumulation import default_corpus, tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.edits import DEFAULT_INTERVENTIONS, FITTED_CONTROLS, INTERVENTIONS, EditRecord, Supplies, intervention, is_rank
 from nnato.effects import AblationResult, Measured, effects_of
-from nnato.errors import ActivationError, OperatorError, PositionError, RemoteError, TextError
+from nnato.errors import ActivationError, OperatorError, PositionError, RemoteError, TextError, did_you_mean
 from nnato.losses import Item, Run, Set, bins_of, measure_all
 from nnato.models import ModelInfo, describe
 from nnato.nnsight_setup import save
@@ -287,7 +287,9 @@ def check_interventions(names: Sequence[str], controls: Iterable[str] = ()) -> N
     """
     known = {*INTERVENTIONS, *controls}
     if unknown := [name for name in names if name not in known and not is_rank(name)]:
-        raise OperatorError(f"unknown intervention {unknown[0]!r}; known are {', '.join([*INTERVENTIONS, 'rank_R'])}")
+        raise OperatorError(
+            f"unknown intervention {unknown[0]!r}{did_you_mean(unknown[0], known)}; known are {', '.join([*INTERVENTIONS, 'rank_R'])}"
+        )
     if not names:
         raise OperatorError(f"nothing to do: give at least one intervention of {', '.join([*INTERVENTIONS, 'rank_R'])}")
 

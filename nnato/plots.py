@@ -16,6 +16,7 @@ from nnato.efficiency import Efficiency, PaperEfficiency
 from nnato.fitting import Fit
 from nnato.intervals import Interval
 from nnato.scaling import Scaling
+from nnato.storage import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +42,8 @@ OTHER_COLOUR = "#89c2d9"
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with matplotlib.rc_context({"svg.hashsalt": "nnato"}):
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+    with matplotlib.rc_context({"svg.hashsalt": "nnato"}), atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150, bbox_inches="tight")
     return path
 
 

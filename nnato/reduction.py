@@ -26,7 +26,7 @@ SINK_RATIO = 10.0
 
 
 def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[ResidualSite]) -> torch.Tensor:
-    """Residuals of a batch at some sites; blocks behind the last of them do not run.
+    """Residuals of a batch at some sites; blocks behind the last of them do not run, and no logits are made.
 
     Args:
         model: The model.
@@ -40,6 +40,7 @@ def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[Residua
     with torch.no_grad(), ATOTrace(model, input_ids=ids, use_cache=False, logits_to_keep=1) as t:
         residuals: torch.Tensor = save(torch.stack([t.residual(site) for site in sites]))
         t.skip_after(max(sites))
+        t.skip_head()
     return residuals
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import ipaddress
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ PATIENCE = 60.0
 """Seconds for which a server may be out of reach while a job of ours is there."""
 ERRORS = (NnsightRemoteError, httpx.HTTPError, websocket.WebSocketException, ConnectionError, TimeoutError, OSError)
 """What nnsight and its transports raise when a job cannot be sent, followed or fetched."""
+LARGEST_ANSWER = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+"""Bytes of an unpacked answer at most: half of this machine's memory."""
 UNPICKLING = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
 UNREADABLE = (UNPICKLING, zstandard.ZstdError, RuntimeError, ValueError, EOFError, KeyError)
 """What reading an answer raises that is none, or holds more than data."""
@@ -158,6 +161,9 @@ class Job(RemoteBackend):  # type: ignore[misc]
         """Read an answer: tensors, numbers, text, and lists and dicts of them. Runs no code, unlike nnsight's own."""
         self.server.received = len(content)
         if self.compress:
+            unpacked = zstandard.frame_content_size(content)
+            if unpacked > LARGEST_ANSWER:  # a few bytes can say that they are any number
+                raise ValueError(f"it unpacks to {in_words(unpacked)}, and {in_words(LARGEST_ANSWER)} are all that this machine takes")
             content = zstandard.ZstdDecompressor().decompress(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -188,6 +194,8 @@ class Job(RemoteBackend):  # type: ignore[misc]
                 raise RemoteError(f"the answer of job {self.job_id} cannot be read ({why}): send it again", job=self.job_id) from None
             if isinstance(result, dict):
                 return result
+            if result is not None:
+                raise RemoteError(f"the answer of job {self.job_id} is a {type(result).__name__}, not what was saved", job=self.job_id)
             status = "" if self.status is None else self.status.value.lower()
             if status != told:
                 self.server.say(f"job {self.job_id}: {status or 'no status yet'}")

@@ -47,7 +47,7 @@ class RemoteMoments:
             jobs, cursor = jobs + 1, self._end(blocks, plan, cursor)
         tokens = int(blocks.index[:, 1].sum())
         pairs, own = len(self.moments.pairs), len(self.moments.sites)
-        answer = 8 * self.moments.d_model**2 * ((1 + self.keep_excluded) * (pairs + own / 2) + pairs)
+        answer = 8 * self.moments.d_model**2 * ((1 + self.keep_excluded) * (pairs + own / 2) + pairs * self.moments.null)
         # An id and a document number of 8 bytes, a mask and a class of one; compressed on the way.
         self.server.say(
             f"{tokens:,} tokens in {jobs} jobs: at most {in_words(18 * tokens)} to send in all, {in_words(answer)} back from each job"
@@ -85,7 +85,7 @@ class RemoteMoments:
         label = f"{blocks.fingerprint['digest']} {cursor}-{end}"
         sent = [(batch.ids, batch.mask, batch.special, batch.documents) for batch in batches]
         pairs, width, medians, keep_excluded = self.moments.pairs, self.moments.d_model, classes.medians, self.keep_excluded
-        keep_shuffled = split == "train"
+        keep_shuffled = split == "train" and self.moments.null
 
         def send(backend: Any) -> None:
             with torch.no_grad(), model.session(backend=backend):

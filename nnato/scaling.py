@@ -12,6 +12,7 @@ from nnato.efficiency import PairRows
 from nnato.errors import MomentsError
 from nnato.intervals import Interval, share_explained
 from nnato.metrics import METRICS, squared_deviations, squared_errors, weighting
+from nnato.notebook import html_table
 from nnato.regression import Regression
 from nnato.selection import Method, Solver
 from nnato.sites import Pair, make_pair
@@ -51,6 +52,11 @@ class Scaling:
         """What the last doubling of the tokens brought in R²: from about half of the folds to all, per factor of two."""
         half, whole = self.points[(len(self.points) - 1) // 2], self.points[-1]
         return (whole.r2[metric].value - half.r2[metric].value) / math.log2(whole.tokens / half.tokens)
+
+    def _repr_html_(self) -> str:
+        metrics = list(self.points[0].r2)
+        rows = [(point.tokens, *point.r2.values()) for point in self.points]
+        return html_table(f"{self.pair[0]} → {self.pair[1]}: R² on test against training tokens", ("tokens", *metrics), rows)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `nnato scaling --json`."""

@@ -73,7 +73,7 @@ class NonFinite(ActivationError):
 
 
 class Statistic(Protocol):
-    """An additive statistic of residuals. Whoever follows this gets checkpoints and resumption from `accumulation.stream`."""
+    """An additive statistic of residuals. Whoever follows this gets checkpoints and resumption from `streaming.stream`."""
 
     sites: tuple[ResidualSite, ...]
 

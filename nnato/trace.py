@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nnato.blocks import find_blocks
+from nnato.blocks import find_blocks, find_head
 from nnato.errors import ActivationError, OperatorError, SiteError
 from nnato.nnsight_setup import (
     InterleavingTracer,
@@ -244,6 +244,10 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         if last < self.n_blocks - 1:
             self._edit("_skip_after", [last])
 
+    def skip_head(self) -> None:
+        """Let the language-model head not run, when nobody reads the logits: with a large vocabulary it costs as much as many blocks."""
+        self._edit("_skip_head", [ResidualSite(self.n_blocks - 1)])
+
     def persist(self) -> Edit:
         """Make the interventions asked for so far act on every later trace and generation of the model, until removed.
 
@@ -326,6 +330,9 @@ class ATOTrace(InterleavingTracer):  # type: ignore[misc]
         value = self._read(last)
         for block in range(last + 1, self.n_blocks):
             self._block(ResidualSite(block)).skip(value)
+
+    def _skip_head(self, _: Passes, __: ResidualSite) -> None:
+        self.envoy.get(find_head(self.envoy._module)).skip(torch.zeros(1, 1, 1))
 
     # ---- the model -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,23 +33,38 @@ class TransportMoments:
         pairs: The (source, target) pairs.
         sites: Their sites, sorted.
         d_model: Width of the residual stream.
+        products: dtype in which ordinary and shuffled tokens are multiplied, as in `Moments`. Excluded ones, which may be huge, always take
+            float64.
+        null: Whether shuffled pairs are added up, too.
     """
 
-    def __init__(self, pairs: Iterable[Pair], d_model: int, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        d_model: int,
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        products: torch.dtype = torch.float64,
+        null: bool = True,
+    ) -> None:
+        if products != torch.float64 and torch.get_float32_matmul_precision() != "highest":
+            raise MomentsError('products in float32 need torch.set_float32_matmul_precision("highest"): fewer digits are not enough')
         self.pairs = tuple(sorted(set(pairs)))
         self.d_model = d_model
         self.device = torch.device(device)
         self.folder = folder
+        self.products = products
+        self.null = null
         self.sites = Moments(self.pairs, 0).sites
         self._open: dict[str, Moments] = {}
         self._closed: dict[str, int] = {}
 
     @staticmethod
-    def bytes_for(pairs: Iterable[Pair], d_model: int, folds: int) -> tuple[int, int]:
-        """Size of the sums of these pairs: in all, and of the parts that are added to at one time."""
+    def bytes_for(pairs: Iterable[Pair], d_model: int, folds: int, null: bool = True) -> tuple[int, int]:
+        """Size of the sums of these pairs, with or without their null: in all, and of the parts that are added to at one time."""
         pairs = set(pairs)
         own = {site for pair in pairs for site in pair}
-        part, shuffled = 8 * d_model**2 * (len(pairs) + len(own)), 8 * d_model**2 * len(pairs)
+        part, shuffled = 8 * d_model**2 * (len(pairs) + len(own)), 8 * d_model**2 * len(pairs) * null
         ordinary = len(FOLDED) * folds + len(SPLITS) - len(FOLDED)
         # At the end the last fold's excluded tokens are still apart; at one time, the shuffled pairs of a fold too.
         return (ordinary + len(SPLITS) + 1) * part + shuffled, 3 * part + 2 * shuffled
@@ -83,7 +99,7 @@ class TransportMoments:
         """
         batch.check_finite()
         ordinary, excluded, shuffled = self._enter(batch.split, batch.fold)
-        null = self._opened(shuffled) if batch.split == "train" else None
+        null = self._opened(shuffled) if self.null and batch.split == "train" else None
         parts = self._opened(ordinary), self._opened(excluded), null
         add_batch(batch.residuals, batch.ordinary, batch.excluded, batch.documents, *parts)
 
@@ -110,15 +126,21 @@ class TransportMoments:
         """
         names = (f"{split}.ordinary.{fold}", f"{split}.excluded.{fold}", f"shuffled.{fold}")
         for key in [key for key in self._open if key not in names]:
-            total, _, _ = key.rpartition(".")
-            if total == "shuffled" or total.endswith(".excluded"):
+            if (total := total_of(key)) != key:
                 self._open[total] = self._opened(total).merge(self._open.pop(key))
         for key in [key for key in self._open if key not in (*names, f"{split}.excluded", "shuffled")] if self.folder else ():
-            part = self._open[key]
-            write_artifact(self._file(key), KIND, {"mean": part.mean, "scatter": part.scatter}, self._label(key, part.n))
-            self._closed[key] = part.n
-            del self._open[key]
+            self.put(key, self._open.pop(key))
         return names
+
+    def put(self, key: str, part: Moments) -> None:
+        """Put a part that is complete into its file."""
+        write_artifact(self._file(key), KIND, {"mean": part.mean, "scatter": part.scatter}, self._label(key, part.n))
+        self._closed[key] = part.n
+
+    def close(self) -> None:
+        """Put every part into its file: nothing more is added, and each can be read alone."""
+        for key in list(self._open):
+            self.put(key, self._open.pop(key))
 
     def _opened(self, key: str) -> Moments:
         if key in self._closed:
@@ -129,8 +151,9 @@ class TransportMoments:
 
     def _empty(self, key: str) -> Moments:
         if key.startswith("shuffled"):
-            return Moments(self.pairs, self.d_model, self.device)
-        return Moments.of_pairs(self.pairs, self.d_model, self.device)
+            return Moments(self.pairs, self.d_model, self.device, self.products)
+        products = self.products if ".ordinary." in key else torch.float64
+        return Moments.of_pairs(self.pairs, self.d_model, self.device, products)
 
     def _file(self, key: str) -> Path:
         if self.folder is None:
@@ -187,6 +210,21 @@ class TransportMoments:
             raise MomentsError(f"there are no {tokens} tokens in the {split} split")
         return functools.reduce(Moments.merge, found)
 
+    def whole_part(self, key: str) -> Moments:
+        """A part that lies in a file, as it is there.
+
+        Raises:
+            MomentsError: It belongs to other moments, or lacks something.
+            FileFormatError: The file is missing or damaged.
+        """
+        tensors, metadata = read_artifact(self._file(key), KIND)
+        self._check_label(key, metadata)
+        if set(tensors) != {"mean", "scatter"}:
+            raise MomentsError(f"{self._file(key)} lacks some of its tensors")
+        part = self._empty(key)
+        part._take(key, self._closed[key], tensors)
+        return part
+
     def _part(self, key: str, blocks: Sequence[Pair]) -> Moments:
         if key in self._open:
             return self._open[key].select(blocks)
@@ -227,7 +265,7 @@ class TransportMoments:
             MomentsError: It does not fit, or a file of a part belongs to other moments.
             FileFormatError: A file of a part is missing or damaged.
         """
-        fresh = TransportMoments(self.pairs, self.d_model, self.device, self.folder)
+        fresh = TransportMoments(self.pairs, self.d_model, self.device, self.folder, self.products)
         if metadata.get("pairs") != fresh.state()[1]["pairs"] or metadata.get("d_model") != self.d_model:
             raise MomentsError("the stored moments are of other pairs or another width")
         rows, files = metadata.get("rows"), metadata.get("files")
@@ -244,3 +282,28 @@ class TransportMoments:
 
 
 _PART = re.compile(r"(train|validation|test)\.(ordinary\.\d{1,6}|excluded(\.\d{1,6})?)|shuffled(\.\d{1,6})?")
+
+
+def total_of(key: str) -> str:
+    """Name of the part to which a part is added when its fold is complete; a fold of ordinary tokens stays apart."""
+    total, _, _ = key.rpartition(".")
+    return total if total == "shuffled" or total.endswith(".excluded") else key
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Refuse sums that will not fit into memory.
+
+    Args:
+        needed: Bytes.
+        device: Where they will be.
+
+    Raises:
+        MomentsError: There is too little.
+    """
+    gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.9 * available:
+        raise MomentsError(
+            f"the moments of these pairs take {needed / 1e9:.1f} GB of memory, and {device} has {available / 1e9:.1f} GB: ask for fewer "
+            "sites or pairs" + (', or keep the sums on device "cpu"' if gpu else "")
+        )

@@ -19,11 +19,12 @@ import torch
 from conftest import BLOCKS, WIDTH, hook_residuals, make_module
 from safetensors import safe_open
 
-from nnato.accumulation import FILE, KIND, SINK_RATIO, TokenClasses, accumulate, accumulate_cached, default_pairs_of, load_moments
+from nnato.accumulation import FILE, KIND, accumulate, accumulate_cached, default_pairs_of, load_moments
 from nnato.corpus import SPLITS, TokenBatch
 from nnato.errors import ActivationError, FileFormatError, MomentsError, OutputError, SiteError, TextError
 from nnato.models import describe, wrap
 from nnato.moments import Moments
+from nnato.reduction import SINK_RATIO, TokenClasses
 from nnato.sites import ResidualSite
 from nnato.storage import exclusive, read_artifact, write_artifact
 from nnato.transport_moments import TransportMoments
@@ -356,12 +357,12 @@ def test_moments_whose_metadata_do_not_fit_are_refused(model, corpus, tmp_path, 
 
 
 def test_moments_that_do_not_fit_into_memory_are_refused_first(model, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 10**14)))
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds, null: (10**15, 10**14)))
     with pytest.raises(MomentsError, match=r"take 1000000.0 GB of memory, and cpu has .* GB: ask for fewer sites or pairs"):
         accumulate(model, corpus, PAIRS)
     with pytest.raises(MomentsError, match=r"take 100000.0 GB of memory"):
         accumulate(model, corpus, PAIRS, out=tmp_path)
-    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds: (10**15, 1)))
+    monkeypatch.setattr(TransportMoments, "bytes_for", staticmethod(lambda pairs, d_model, folds, null: (10**15, 1)))
     with pytest.raises(OutputError, match=r"GB left, and 1000000.0 GB will be written: ask for fewer sites, pairs or folds"):
         accumulate(model, corpus, PAIRS, out=tmp_path)
 

@@ -60,7 +60,7 @@ def test_accumulate(saved_model, text, tmp_path):
     assert results["pairs"] == [["embed", 0], ["embed", 2], [0, 2]]
     assert set(results["tokens"]) == {"train", "validation", "test"}
     assert results["excluded_tokens"] == sum(results["excluded"].values())
-    assert results["bytes"] == sum(path.stat().st_size for path in (tmp_path / "m").iterdir())
+    assert results["bytes"] == sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
     again = run("accumulate", saved_model, "--sites", "0,2,embed", "--text", text, *TEXT, "--out", tmp_path / "m")
     assert re.search(r"3 pairs in .*Next: nnato\s+fit", again.stdout, re.DOTALL)
 
@@ -88,6 +88,7 @@ def test_fit(moments, tmp_path):
         "embed-2.safetensors",
         "fit.csv",
         "fit.json",
+        "fit.toml",
         "r2.png",
     ]
     table = run("fit", moments, "--pairs", "0:2", "--metric", "uniform", "--use-tokens", "all").stdout
@@ -176,7 +177,14 @@ def test_efficiency(saved_model, text, tmp_path):
         assert {"n_eff", "lts_dimensions", "participation_ratio", "participation_ratio_shuffled"} <= set(entry)
         assert {point["rank"] for point in entry["efficiency"]} <= {1, 4, 16}
         assert set(entry["efficiency"][0]) >= {"rank", "value", "low", "high"}
-    assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png", "spectra.png", "subspace.png"]
+    assert sorted(os.listdir(tmp_path / "o")) == [
+        "efficiency.csv",
+        "efficiency.json",
+        "efficiency.png",
+        "efficiency.toml",
+        "spectra.png",
+        "subspace.png",
+    ]
     assert json.loads((tmp_path / "o" / "efficiency.json").read_text()) == results
     table = rows_of(tmp_path / "o" / "efficiency.csv")
     assert len(table) == sum(len(entry["efficiency"]) for entry in results)
@@ -194,7 +202,7 @@ def test_efficiency_as_in_the_paper(saved_model, text, tmp_path):
     (entry,) = check_envelope(result)
     assert (entry["preset"], [point["rank"] for point in entry["efficiency"]]) == ("paper", [1, 16])
     assert result.stderr.count("preset paper: ") == 1
-    assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png"]
+    assert sorted(os.listdir(tmp_path / "o")) == ["efficiency.csv", "efficiency.json", "efficiency.png", "efficiency.toml"]
     output = run(*options).stdout
     assert re.search(r"mean\s+-?\d.*\n.*dim_lin\s+\d+.*\n.*α\s+\d", output)
     assert widest(output) <= 80
@@ -215,7 +223,7 @@ def test_scaling(moments, tmp_path):
     results = check_envelope(run("scaling", moments, "--pairs", "0:2,1:3", "--out", tmp_path / "o", "--json"))
     assert [(entry["source"], entry["target"]) for entry in results] == [(0, 2), (1, 3)]
     assert [point["folds"] for point in results[0]["points"]] == [1, 2, 3, 4, 5]
-    assert sorted(os.listdir(tmp_path / "o")) == ["scaling.csv", "scaling.json", "scaling.png"]
+    assert sorted(os.listdir(tmp_path / "o")) == ["scaling.csv", "scaling.json", "scaling.png", "scaling.toml"]
     assert len(rows_of(tmp_path / "o" / "scaling.csv")) == 2 * 5 * 3
     output = run("scaling", moments, "--metric", "whitened").stdout
     assert "per doubling" in output
@@ -334,7 +342,7 @@ def test_demo(saved_model, text, tmp_path, monkeypatch):
     monkeypatch.setattr("nnato.cli.demo.SEQUENCES", 4)
     out = tmp_path / "demo"
     results = check_envelope(run("demo", "--model", saved_model, "--out", out, "--json"))
-    assert {path.name for path in out.iterdir()} == {"r2.png", "ablation.png", "results.json"}
+    assert {path.name for path in out.iterdir()} == {"r2.png", "ablation.png", "results.json", "demo.toml"}
     assert json.loads((out / "results.json").read_text()) == results
     assert len(results["fit"]) == 6
     text_output = run("demo", "--model", saved_model, "--out", out).stdout
@@ -353,7 +361,7 @@ def test_help_lists_commands_and_version():
     output = run("--help").stdout
     assert all(command in output for command in COMMANDS)
     assert "nnato" in run("--version").stdout
-    assert "No such command" in run("nothing", code=2).output
+    assert "no command 'nothing'; nnato --help lists all" in run("nothing", code=2).output
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------
@@ -446,7 +454,7 @@ def test_ctrl_c_keeps_checkpoints_and_says_so(saved_model, text, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert "interrupted: what was checkpointed is kept" in stderr
+    assert re.search(r"interrupted: kept \S*moments.safetensors \(\d+ of \d+ forward passes\)", stderr)
     cursor = json.loads(run("info", tmp_path / "m", "--json").stdout)["results"]["cursor"]
     assert cursor >= 1
     run("accumulate", saved_model, "--text", text, *TEXT, "--out", tmp_path / "m", "--batch-size", "1", "--checkpoint-every", "1")

@@ -9,13 +9,14 @@ from conftest import BLOCKS, WIDTH
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from nnato.accumulation import Accumulated, TokenClasses, accumulate, capture
+from nnato.accumulation import Accumulated, accumulate
 from nnato.corpus import Corpus
 from nnato.errors import MomentsError, SiteError
 from nnato.fitting import BASELINES, fit, operator_file
 from nnato.intervals import share_explained
 from nnato.metrics import METRICS
 from nnato.operators import TransportOperator
+from nnato.reduction import TokenClasses, capture
 from nnato.regression import Regression
 from nnato.ridge import KAPPAS
 from nnato.selection import PAPER_ALPHAS, Method

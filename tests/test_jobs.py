@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -208,6 +212,57 @@ def test_answers_run_no_code(fake, weightless):
     fake.tell("/result", (200, packed({"x": Canary()})))
     with pytest.raises(RemoteError, match="the answer of job job-1 cannot be read .it is damaged, or holds more than data"):
         run(weightless, NdifServer(fake.url))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", [(401, {"detail": "Invalid API key."}), (500, b"oops"), None])
+def test_the_key_is_never_shown_or_stored(fake, saved_model, text, tmp_path, answer):
+    """Everything a command prints and writes, with all logging on, searched for a planted key."""
+    if answer is not None:
+        fake.tell("/request", answer)
+    else:
+        fake.tell("/response/job-1", fake.status("ERROR", description="Traceback (most recent call last):\nValueError: on purpose"))
+    switch = "import logging, sys; logging.basicConfig(level=0); from nnato.cli import main; main()"
+    command = [sys.executable, "-c", switch, "accumulate", str(saved_model), "--text", str(text), "--context", "32", "--pairs", "0:1"]
+    command += ["--remote", "--host", fake.url, "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "NDIF_API_KEY": "planted-key", "NNATO_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert any(headers.get("ndif-api-key") == "planted-key" for _, _, headers, _ in fake.seen)
+    assert b"planted-key" not in done.stdout + done.stderr
+    assert len(done.stderr) > 100
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted-key" in path.read_bytes()]
+
+
+def test_answers_that_unpack_to_anything_are_refused(fake, weightless, monkeypatch):
+    """Against bombs: 30 kB that unpack to 1 GB, and a frame of a few bytes that says it is 2^60 long."""
+    fake.tell("/response/job-1", fake.status("COMPLETED", data=f"{fake.url}/result"))
+    monkeypatch.setattr(remote, "LARGEST_ANSWER", 10**8)
+    stream = zstandard.ZstdCompressor().compressobj(size=10**9)
+    bomb = b"".join([*(stream.compress(bytes(10**6)) for _ in range(1000)), stream.flush()])
+    long = b"\x28\xb5\x2f\xfd\xe0" + (2**60).to_bytes(8, "little") + b"\x01\x00\x00"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for content in (bomb, long):
+        assert len(content) < 100_000
+        fake.tell("/result", (200, content))
+        with pytest.raises(RemoteError, match=r"the answer of job job-1 cannot be read \(it unpacks to .* are all that this machine takes"):
+            run(weightless, NdifServer(fake.url))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+@pytest.mark.parametrize("value", [[1, 2], torch.ones(3), "text", 5])
+def test_answers_of_another_type_are_refused(fake, weightless, value):
+    fake.tell("/response/job-1", fake.status("COMPLETED", data=f"{fake.url}/result"))
+    fake.tell("/result", (200, packed(value)))
+    with pytest.raises(RemoteError, match=f"the answer of job job-1 is a {type(value).__name__}, not what was saved"):
+        run(weightless, NdifServer(fake.url, timeout=5))
+
+
+@pytest.mark.parametrize("body", [{"id": 5, "status": "BOGUS"}, {"id": "job-1", "status": None}, [], b"\0" * 100, {"id": "job-1"}])
+def test_statuses_that_are_none_are_refused(fake, weightless, body):
+    fake.tell("/response/job-1", (200, body))
+    with pytest.raises(RemoteError, match="job-1"):
+        run(weightless, NdifServer(fake.url, timeout=3))
 
 
 def test_hosts_that_are_none(weightless, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mpmath
 import numpy as np
 import pytest
@@ -344,3 +347,37 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(change, message):
     with pytest.raises(MomentsError, match=message):
         moments.restore(tensors, metadata)
     assert moments.shuffled.n == before
+
+
+REFUSALS = """
+import torch
+from nnato.errors import ActivationError
+from nnato.moments import Moments
+from nnato.sites import ResidualSite
+
+pairs = ((ResidualSite(0), ResidualSite(1)),)
+moments, good = Moments.of_pairs(pairs, 3), torch.ones(2, 4, 3)
+moments.update(good)
+before = moments.scatter.clone(), moments.mean.clone(), moments.n
+nan, inf = good.clone(), good.clone()
+nan[1, 2, 0], inf[0, 3, 1] = float("nan"), float("-inf")
+for rows, targets in ((nan, None), (inf, None), (good[..., :2], None), (good.long(), None), (good[:1], None), (good, good[:, :3])):
+    try:
+        moments.update(rows, targets)
+    except ActivationError as error:
+        print(error)
+    else:
+        raise SystemExit("accepted")
+    if not (torch.equal(moments.scatter, before[0]) and torch.equal(moments.mean, before[1]) and moments.n == before[2]):
+        raise SystemExit("changed")
+"""
+
+
+def test_refusals_do_not_depend_on_assertions():
+    """`python -O` removes assertions; bad rows are refused all the same, with their place, and change nothing."""
+    run = subprocess.run([sys.executable, "-O", "-c", REFUSALS], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert len(said) == 6
+    assert said[:2] == ["rows: site 1, row 2: the value is nan", "rows: site 0, row 3: the value is -inf"]
+    assert all(word in line for word, line in zip(("shape", "dtype", "shape", "shape"), said[2:], strict=True))

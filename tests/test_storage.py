@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,23 @@ def test_cache_dir_follows_the_environment(monkeypatch):
     assert cache_dir() == Path("/c/nnato")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "nnato"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """A real file system of 256 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        file = disk / "a.safetensors"
+        write_artifact(file, "thing", TENSORS, {"n": 1})
+        with pytest.raises(OutputError, match=r"cannot write .*; nothing was replaced"):
+            write_artifact(file, "thing", {"large": torch.zeros(10**5, dtype=torch.float64)}, {"n": 2})
+        assert read_artifact(file, "thing")[1]["n"] == 1
+        assert sorted(os.listdir(disk)) == ["a.safetensors"]
+        write_artifact(file, "thing", TENSORS, {"n": 3})
+        assert read_artifact(file, "thing")[1]["n"] == 3
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

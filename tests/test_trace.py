@@ -13,8 +13,8 @@ from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator
 from IPython.core.interactiveshell import InteractiveShell
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from nnato.accumulation import capture
 from nnato.errors import ActivationError, OperatorError, PositionError, SiteError
+from nnato.reduction import capture
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace
 
@@ -684,3 +684,28 @@ def test_cells_of_a_notebook(model):
     torch.testing.assert_close(shell.user_ns["x"], seen[3], atol=1e-6, rtol=0)
     torch.testing.assert_close(shell.user_ns["y"], hook_residuals(model._module, IDS)[0][2], atol=1e-6, rtol=0)
     InteractiveShell.clear_instance()
+
+
+def test_capture_runs_the_named_blocks_only_and_no_head(any_model, monkeypatch):
+    """What computes is counted: blocks up to the last site, and no product with the weights of the head."""
+    module, ids = any_model._module, torch.tensor([[1, 5, 6, 7], [1, 8, 9, 4]])
+    blocks = next(m for m in module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == BLOCKS)
+    ran, heads = [], []
+    for number, block in enumerate(blocks):
+        inner = next(part for part in block.modules() if "Linear" in type(part).__name__ or "Conv1D" in type(part).__name__)
+        inner.register_forward_hook(lambda *_, number=number: ran.append(number))
+    linear, head = torch.nn.functional.linear, module.get_output_embeddings().weight
+
+    def counted(x, weight, bias=None):
+        heads.extend([1] * (weight is head))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    for last in (0, BLOCKS - 2, BLOCKS - 1):
+        ran.clear()
+        got = capture(any_model, ids, [ResidualSite.EMBED, ResidualSite(last)])
+        assert ran == list(range(last + 1))
+        assert not heads
+        seen, _ = hook_residuals(module, ids)
+        assert heads.pop()  # the reference runs it
+        assert torch.equal(got, torch.stack([seen["embed"], seen[last]]))

@@ -88,10 +88,11 @@ def command(
     \b
     Examples:
       nnato ablate --positions 5
-      nnato ablate --pairs 9:12 --rank 8,64 --interventions transport,identity,shuffled,mean,zero,resample --seeds 3
+      nnato ablate --pairs 9:12 --rank 8,64 --seeds 3
+      nnato ablate --pairs 9:12 --interventions transport,shuffled,mean,resample
       nnato ablate --pairs 5:9,9:12 --chain --positions multiple_js
       nnato ablate --model google/gemma-2-2b --pairs 10:12 --remote
-      nnato ablate --pairs 9:12 --positions 10,50,70,100,120 --interventions transport,identity_shift,mean
+      nnato ablate --pairs 9:12 --positions 10,50,70,100,120
     """
     from nnato.accumulation import accumulate_cached, default_corpus, tokenize
     from nnato.controls import controls_of, subspaces_of
@@ -139,6 +140,7 @@ def command(
         choose_sequences(blocks, sequences)  # refuses too little text before the long part
         with remote.open(server, loaded) as where:
             if not chosen:
+                common.announce_moments(loaded, wanted, blocks.fingerprint["folds"])
                 accumulated = accumulate_cached(loaded, blocks, wanted, batch_size=batch_size, server=where, progress=progress)
                 chosen = [result.operator for result in fit(accumulated, wanted, progress=progress)]
                 controls = controls_of(accumulated, chosen, fitted)

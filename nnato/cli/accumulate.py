@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nnato.cli import common, remotely, tables
+from nnato.cli import cluster, common, remotely, tables
 
 
 @common.command("accumulate")
@@ -25,6 +25,15 @@ from nnato.cli import common, remotely, tables
 @remotely.remote_options
 @click.option("--per-job", type=click.IntRange(min=1), default=64, show_default=True, help="Forward passes in one job on a server.")
 @click.option("--all-tokens", is_flag=True, help="Fetch sums of special, first and sink tokens from a server too: more bytes.")
+@click.option(
+    "--products",
+    type=click.Choice(["float64", "float32"]),
+    default="float64",
+    show_default=True,
+    help="Data type in which residuals are multiplied; float32 takes half the time, and sums stay in float64.",
+)
+@click.option("--no-null", is_flag=True, help="Leave shuffled pairs out: faster, but no effective sample size.")
+@cluster.cluster_options
 @click.option("--sums-on", help="Where to keep the float64 sums, for example cpu.  [default: where the model is]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("moments"), show_default=True, help="Folder for the result.")
 @common.json_option
@@ -39,6 +48,8 @@ def command(
     device: str | None,
     dtype: str,
     sums_on: str | None,
+    products: str,
+    no_null: bool,
     per_job: int,
     all_tokens: bool,
     out: Path,
@@ -52,22 +63,29 @@ def command(
     \b
     Examples:
       nnato accumulate
-      nnato accumulate google/gemma-2-2b --source 10 --leap 1-10 --text monology/pile-uncopyrighted --tokens 250000
+      nnato accumulate smollm2 --source 5 --leap 1-8 --out moments-smollm2/
+      nnato accumulate google/gemma-2-2b --text monology/pile-uncopyrighted
       nnato accumulate google/gemma-2-2b --pairs 10:12 --remote
+      nnato accumulate --engine ray --workers 2
+      nnato accumulate --shard 1/8 --out shards/1    # then 2/8 …, and nnato merge
     """
-    from nnato.accumulation import FILE, accumulate, default_corpus, default_pairs_of
+    import torch
+
+    from nnato.accumulation import accumulate, default_corpus, default_pairs_of, tokenize
     from nnato.errors import RemoteError, SiteError
     from nnato.models import describe
     from nnato.sites import grid, parse_sites
     from nnato.storage import prepare_folder
 
     prepare_folder(out.expanduser())
+    sharing = cluster.take_cluster_options(text, text["remote"] or text["dry_run_remote"])
     remote = remotely.take_remote_options(text, dtype)
     if all_tokens and not remote.on:
         raise RemoteError("--all-tokens belongs to --remote: here these sums are always kept")
     server = remote.check()
+    how = {"batch_size": batch_size, "products": getattr(torch, products), "null": not no_null}
     with common.progress_bar() as progress:
-        loaded = common.load(model, device, dtype, progress, remote.on)
+        loaded = common.load(model, device, dtype, progress, remote.on or sharing.cluster is not None)
         info = describe(loaded)
         chosen = common.parse_pair_options(pairs, source, leap, info.blocks)
         if sites is not None and chosen is not None:
@@ -76,34 +94,32 @@ def command(
             chosen = grid(parse_sites(sites, info.blocks))
             if not chosen:
                 raise SiteError(f"--sites {sites}: a pair needs two sites")
+        corpus, chosen = common.make_corpus(default_corpus(info), **text), chosen or default_pairs_of(info)
+        if sharing.cluster is not None:
+            from nnato.ray_engine import accumulate_on_ray
+
+            name = loaded._module.config._name_or_path
+            weights = getattr(torch, dtype)
+            result = accumulate_on_ray(
+                name, corpus, chosen, sharing.cluster, out=out, dtype=weights, progress=progress, say=common.note, **how
+            )
+            tables.finish_accumulation(result, out, as_json)
+            return
+        blocks = tokenize(loaded, corpus, progress)
+        common.announce_moments(loaded, chosen, corpus.folds)
         with remote.open(server, loaded) as where:
             result = accumulate(
                 loaded,
-                common.make_corpus(default_corpus(info), **text),
-                chosen or default_pairs_of(info),
+                blocks,
+                chosen,
                 out=out,
                 device=sums_on,
-                batch_size=batch_size,
                 checkpoint_every=checkpoint_every,
                 server=where,
                 per_job=per_job,
                 keep_excluded=all_tokens,
+                shard=sharing.shard,
                 progress=progress,
+                **how,
             )
-    file = out.expanduser() / FILE
-    size = sum(path.stat().st_size for path in (file, *result.moments.files))
-    if as_json:
-        record = {
-            "path": str(file),
-            "sites": [site.key for site in result.moments.sites],
-            "pairs": [[s.key, t.key] for s, t in result.moments.pairs],
-            "tokens": result.tokens,
-            "excluded_tokens": sum(result.excluded.values()),
-            "excluded": result.excluded,
-            "sink_tokens": result.sink_tokens,
-            "bytes": size,
-        }
-        common.print_json(result.model, result.text, record)
-        return
-    tables.show_accumulated(result)
-    common.say(f"{len(result.moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: nnato fit {out}")
+    tables.finish_accumulation(result, out, as_json, sharing.shard)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nnato import __version__
+from nnato.cli.running import Command, chosen_options, interrupted, quiet, write_config
 from nnato.errors import NnatoError
 
 if TYPE_CHECKING:
@@ -74,8 +75,15 @@ pair_options = options(
 )
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """A click command whose errors become messages and exit codes: 2 bad input, 1 failed while running, 130 interrupted."""
+def command(name: str, keep: bool = True) -> Callable[[Callable[..., None]], click.Command]:
+    """A click command with `--config` and `--quiet` whose errors become messages and exit codes.
+
+    Codes: 2 bad input, 1 failed while running, 130 interrupted.
+
+    Args:
+        name: The command's name.
+        keep: Whether a run leaves the file that redoes it.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -84,50 +92,29 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
             try:
                 function(*args, **kwargs)
+                if keep:
+                    write_config()
             except NnatoError as error:
                 click.echo(f"Error: {error}", err=True)
                 sys.exit(1 if isinstance(error, ActivationError | OutputError) else 2)
             except KeyboardInterrupt:
-                click.echo("interrupted: what was checkpointed is kept, and the same command goes on from there", err=True)
+                click.echo(interrupted(), err=True)
                 sys.exit(130)
 
-        return click.command(name)(wrapped)
+        return click.command(name, cls=Command)(wrapped)
 
     return decorate
 
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress callback that draws a bar on stderr, one per stage; silent off a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A bar for each stage on stderr, and a line that says how long a long stage will take; neither with `--quiet`."""
+    from nnato.progress import progress_bar as bars
 
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            ended = total is not None and done >= total
-            bar.update(tasks[stage], completed=total if ended else done, total=total)
-
+    if quiet():
+        yield lambda stage, done, total: None
+        return
+    with bars(say=note) as update:
         yield update
 
 
@@ -144,8 +131,19 @@ def load(name: str | None, device: str | None, dtype: str, progress: Progress, r
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
+    """A line on stderr, unless the command is to be quiet."""
+    if not quiet():
+        click.echo(text, err=True)
+
+
+def announce_moments(model: TransformersModel, pairs: Sequence[Pair], folds: int) -> None:
+    """Say how much memory and disk moments will take, before the passes that fill them."""
+    from nnato.models import describe
+    from nnato.transport_moments import TransportMoments
+
+    in_all, at_once = TransportMoments.bytes_for(pairs, describe(model).d_model, folds)
+    weights = sum(parameter.nbytes for parameter in model._module.parameters() if parameter.device.type != "meta")
+    note(f"memory: {weights / 1e9:.1f} GB of weights, {at_once / 1e9:.2f} GB of sums; at most {in_all / 1e9:.2f} GB on disk")
 
 
 def make_corpus(base: Corpus, text: str | None, **settings: Any) -> Corpus:
@@ -243,6 +241,7 @@ def print_json(model: dict[str, Any], text: dict[str, Any] | None, results: Any,
         "text": text,
         "seed": seed,
         "command": provenance()["command"],
+        "config": chosen_options(),
         "results": finite(results),
     }
     click.echo(json.dumps(record, allow_nan=False))

@@ -28,8 +28,13 @@ def command(model: str | None, out: Path, device: str | None, dtype: str, as_jso
 
     One pass over text accumulates moments; operators are fitted for a grid of (source, target) pairs and judged on held-out documents; then
     residuals at five positions of each sequence are replaced by predictions, and the loss says whether they were good enough for the model.
+
+    \b
+    Examples:
+      nnato demo
+      nnato demo --model smollm2 --out demo-smollm2/
     """
-    from nnato.accumulation import accumulate_cached, default_corpus, tokenize
+    from nnato.accumulation import accumulate_cached, default_corpus, default_pairs_of, tokenize
     from nnato.fitting import fit
     from nnato.models import describe
     from nnato.perplexity import ablate, choose_sequences
@@ -43,6 +48,7 @@ def command(model: str | None, out: Path, device: str | None, dtype: str, as_jso
         info = describe(loaded)
         blocks = tokenize(loaded, default_corpus(info), progress)
         choose_sequences(blocks, SEQUENCES)
+        common.announce_moments(loaded, default_pairs_of(info), blocks.fingerprint["folds"])
         accumulated = accumulate_cached(loaded, blocks, progress=progress)
         fits = fit(accumulated, metric=METRIC, progress=progress)
         chosen = default_pairs(info.blocks)
@@ -63,4 +69,4 @@ def command(model: str | None, out: Path, device: str | None, dtype: str, as_jso
     tables.show_accumulated(accumulated)
     tables.show_fits(fits, METRIC)
     tables.show_ablations(results)
-    common.say(f"Figures: {', '.join(map(str, figures))}; numbers: {folder / 'results.json'}")
+    common.say(f"Figures: {', '.join(map(str, figures))}; numbers: {folder / 'results.json'}. Next: nnato report {out}")

@@ -77,7 +77,7 @@ def command(
     if out is not None:
         prepare_folder(out.expanduser())
     if preset is not None:
-        click.echo(PAPER_NOTE, err=True)
+        common.note(PAPER_NOTE)
     with common.progress_bar() as progress:
         accumulated = common.open_moments(moments, progress)
         chosen = common.accumulated_pairs(accumulated, pairs, source, leap)

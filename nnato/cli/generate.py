@@ -54,7 +54,7 @@ def command(
     \b
     Examples:
       nnato generate "The Eiffel Tower is in" --transport 9:12
-      nnato generate "def add(a, b):" --operator operators/12-17.safetensors --max-new-tokens 20
+      nnato generate "def add(a, b):" --operator operators/12-17.safetensors
     """
     from nnato.accumulation import accumulate_cached
     from nnato.errors import OperatorError

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nnato.cli.common import console, say
+from nnato.cli.common import console, print_json, say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
     from nnato.accumulation import Accumulated
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from nnato.generation import Generation
     from nnato.intervals import Interval
     from nnato.scaling import Scaling
+    from nnato.shards import Shard
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -199,6 +202,30 @@ def show_features(results: list[FeatureResult], seen: FeaturePass | None) -> Non
         "without the others."
     )
     console().print(notes, style="dim", highlight=False)
+
+
+def finish_accumulation(accumulated: Accumulated, out: Path, as_json: bool, shard: Shard | None = None) -> None:
+    """Say what moments a folder holds now, or which shard of them."""
+    from nnato.accumulation import FILE
+
+    moments, file = accumulated.moments, out.expanduser() / FILE
+    size = sum(path.stat().st_size for path in (file, *moments.files))
+    if as_json:
+        record = {
+            "path": str(file),
+            "sites": [site.key for site in moments.sites],
+            "pairs": [[s.key, t.key] for s, t in moments.pairs],
+            "tokens": accumulated.tokens,
+            "excluded_tokens": sum(accumulated.excluded.values()),
+            "excluded": accumulated.excluded,
+            "sink_tokens": accumulated.sink_tokens,
+            "bytes": size,
+        }
+        print_json(accumulated.model, accumulated.text, record)
+        return
+    show_accumulated(accumulated)
+    what, then = (f"Shard {shard} of", "nnato merge, with all shards") if shard else ("", f"nnato fit {out}")
+    say(f"{what} {len(moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: {then}".lstrip())
 
 
 def show_generation(result: Generation) -> None:
