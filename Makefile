@@ -29,6 +29,7 @@ bench: .venv/bench.stamp
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py
+	.venv/bin/python benchmarks/features.py
 	.venv/bin/python benchmarks/mlsae.py
 	.venv/bin/python benchmarks/remote.py
 	.venv/bin/python benchmarks/ablation.py

@@ -126,8 +126,8 @@ class Dictionary:
         self._check_width(x)
         centred = self._scaled(x.float())[0] - self.shift
         if latents is None:
-            return centred @ self.W_enc + self.b_enc
-        return centred @ self.W_enc[:, latents] + self.b_enc[latents]
+            return torch.nn.functional.linear(centred, self.W_enc.T, self.b_enc)
+        return torch.nn.functional.linear(centred, self.W_enc[:, latents].T, self.b_enc[latents])
 
     def encode(self, x: torch.Tensor, latents: torch.Tensor | None = None) -> torch.Tensor:
         """Activations, dense.
@@ -175,6 +175,36 @@ class Dictionary:
             return magnitude.relu() * (pre > 0)
         values, chosen = torch.topk(pre, self.k or 0, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, chosen, values.relu())
+
+    def bars(self, pre: torch.Tensor) -> torch.Tensor:
+        """What pre-activations have to exceed for their latent to be active.
+
+        Args:
+            pre: What `pre_activations` returned for all latents, float32 (…, latents).
+
+        Returns:
+            float32: (latents,), or of `topk`, where latents compete, (…, 1).
+        """
+        if self.kind == "topk":
+            k = self.k or 0
+            least = torch.topk(pre, k + 1, dim=-1).values[..., -1:] if k < self.latents else torch.zeros_like(pre[..., :1])
+            return least.clamp(min=0)
+        if self.kind == "jumprelu" and self.threshold is not None:
+            return self.threshold.clamp(min=0)
+        if self.kind == "gated" and self.gain is not None and self.magnitude_bias is not None:
+            return (self.b_enc - self.magnitude_bias / self.gain).clamp(min=0)
+        return torch.zeros_like(self.b_enc)
+
+    def magnitudes(self, pre: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Activations of active latents from their pre-activations.
+
+        Args:
+            pre: Float (…,), each above its bar.
+            latents: int64, of the same shape: which latent each is of.
+        """
+        if self.gain is None or self.magnitude_bias is None:
+            return pre
+        return (pre - self.b_enc[latents]) * self.gain[latents] + self.magnitude_bias[latents]
 
     # ---- decoding ------------------------------------------------------------------------------------------------------
 

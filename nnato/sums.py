@@ -131,22 +131,22 @@ class PairSums:
         one = self.total()
         covariance = one.ab - one.a * one.b / one.n
         spread = (one.aa - one.a**2 / one.n).clamp(min=0) * (one.bb - one.b**2 / one.n).clamp(min=0)
-        return (covariance / _positive(spread).sqrt())[0]
+        return (covariance / positive(spread).sqrt())[0]
 
     def slope(self) -> torch.Tensor:
         """Slope of a regressed on b, float64 (features,): 1 for a calibrated prediction, below for one that is too large."""
         one = self.total()
-        return ((one.ab - one.a * one.b / one.n) / _positive(one.bb - one.b**2 / one.n))[0]
+        return ((one.ab - one.a * one.b / one.n) / positive(one.bb - one.b**2 / one.n))[0]
 
     def cosine(self) -> torch.Tensor:
         """`Σab / √(Σa² Σb²)`, float64 (features,): the paper's calibration."""
         one = self.total()
-        return (one.ab / _positive(one.aa * one.bb).sqrt())[0]
+        return (one.ab / positive(one.aa * one.bb).sqrt())[0]
 
     def rms_ratio(self) -> torch.Tensor:
         """`√(Σb² / Σa²)`, float64 (features,)."""
         one = self.total()
-        return (one.bb / _positive(one.aa)).sqrt()[0]
+        return (one.bb / positive(one.aa)).sqrt()[0]
 
     def mean_ratio(self) -> torch.Tensor:
         """`Σb / Σa`, float64 (features,)."""
@@ -155,11 +155,11 @@ class PairSums:
 
     def mse(self) -> torch.Tensor:
         """Mean squared error, float64 (features,)."""
-        return self.errors.sum(0) / _positive(self.n.sum(0))
+        return self.errors.sum(0) / positive(self.n.sum(0))
 
     def fvu(self) -> torch.Tensor:
         """`Σ(a-b)² / Σa²`, uncentred, float64 (features,)."""
-        return self.errors.sum(0) / _positive(self.aa.sum(0))
+        return self.errors.sum(0) / positive(self.aa.sum(0))
 
     def _varies(self) -> torch.Tensor:
         """Whether a varies beyond rounding, bool (features,)."""
@@ -170,7 +170,8 @@ class PairSums:
 SUMS = tuple(one.name for one in fields(PairSums))
 
 
-def _positive(value: torch.Tensor) -> torch.Tensor:
+def positive(value: torch.Tensor) -> torch.Tensor:
+    """Denominators: NaN for what is not positive."""
     return torch.where(value > 0, value, float("nan"))
 
 

@@ -97,6 +97,16 @@ def test_sparse_is_dense(tmp_path, x):
         dictionary.decode(dense)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_are_active_above_their_bars(tmp_path, x, kind):
+    dictionary = load_dictionary_of(kind, tmp_path)
+    activations, pre = dictionary.encode(x), dictionary.pre_activations(x)
+    on = pre > dictionary.bars(pre)
+    assert on.equal(activations > 0)
+    latents = torch.arange(LATENTS).expand_as(pre)
+    assert_same(dictionary.magnitudes(pre[on], latents[on]), activations[on])
+
+
 def test_trained_batch_top_k_is_jump_relu(tmp_path, x):
     import sae_lens
 

@@ -26,15 +26,15 @@ ROWS = [
     {"models", "moments"},
     {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals"},
     {"remote_moments", "metrics", "operators", "layer_stats", "sums"},
-    {"streaming", "ridge", "sparse", "verdicts"},
+    {"streaming", "ridge", "sparse", "verdicts", "active_scores"},
     {"accumulation"},
     {"lowrank", "positions", "cca", "sae_training", "merging"},
     {"selection", "losses", "ray_engine"},
     {"fitting", "efficiency", "edits"},
     {"effects", "controls", "scaling", "lens", "features"},
-    {"perplexity", "lens_training", "multilayer"},
+    {"perplexity", "lens_training", "multilayer", "feature_pass"},
     {"plots", "generation", "report", "fidelity", "similarity", "top_examples", "prompts", "latent_transport"},
-    {"layer_plots", "published"},
+    {"layer_plots", "feature_plots", "published"},
     {"cli"},
 ]
 

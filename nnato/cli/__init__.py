@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": "Put shards of an accumulation together.",
     "fit": "Fit transport operators from moments and judge them on test documents.",
     "efficiency": "Compare operators of each rank with what any linear map could carry.",
+    "features": "Which features of a sparse autoencoder are transported, which synthesised?",
     "scaling": "R² against training tokens, without reading text again.",
     "ablate": "Replace residuals by predictions and measure the loss.",
     "generate": "Continue a prompt with residuals replaced at every step.",
