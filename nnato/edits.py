@@ -219,8 +219,20 @@ class EditRecord:
         names = {"intervention", "pairs", "digest", "rank", "positions", "seeds"}
         if set(record) != names:
             raise FileFormatError(f"an edit has the entries {', '.join(sorted(names))}, not {', '.join(sorted(record))}")
-        tuples = {name: tuple(record[name]) for name in ("digest", "seeds")}
-        return EditRecord(**{**record, **tuples, "pairs": tuple(tuple(pair) for pair in record["pairs"])})
+        texts, numbers, pairs = record["digest"], record["seeds"], record["pairs"]
+        sound = [
+            isinstance(record["intervention"], str) and isinstance(record["positions"], str),
+            record["rank"] is None or type(record["rank"]) is int,
+            _is_list(texts, str) and _is_list(numbers, int),
+            _is_list(pairs, list) and all(len(pair) == 2 and _is_list(pair, int | str) for pair in pairs),
+        ]
+        if not all(sound):
+            raise FileFormatError(f"an edit has an entry of another type: {str(dict(record))[:200]}")
+        return EditRecord(**{**record, "digest": tuple(texts), "seeds": tuple(numbers), "pairs": tuple(tuple(pair) for pair in pairs)})
+
+
+def _is_list(value: Any, of: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, of) for item in value)
 
 
 def _lists(value: Any) -> Any:

@@ -132,9 +132,9 @@ def test_quiet_leaves_only_results(accumulated, saved_model, text, tmp_path):
 
 
 def test_an_interruption_says_what_was_kept(saved_model, text, tmp_path, monkeypatch):
-    from nnato import accumulation
+    from nnato import streaming
 
-    add, calls = accumulation._add_batch, []
+    add, calls = streaming._add_batch, []
 
     def add_some(*arguments):
         calls.append(1)
@@ -142,7 +142,7 @@ def test_an_interruption_says_what_was_kept(saved_model, text, tmp_path, monkeyp
             raise KeyboardInterrupt
         add(*arguments)
 
-    monkeypatch.setattr(accumulation, "_add_batch", add_some)
+    monkeypatch.setattr(streaming, "_add_batch", add_some)
     command = ["accumulate", saved_model, "--pairs", "0:2", "--text", text, *TEXT, "--batch-size", "4"]
     out = tmp_path / "m"
     kept = run(*command, "--out", out, "--checkpoint-every", "2", code=130)

@@ -172,6 +172,17 @@ def test_edits_are_stored_with_results_and_read_back(model, corpus):
         EditRecord.from_json({"intervention": "zero"})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"pairs": [1, [2]]}, {"pairs": [[1]]}, {"pairs": [[None, 2]]}, {"digest": "ab"}, {"seeds": [0.5]}, {"rank": "1"}, {"intervention": 3}],
+)
+def test_edits_with_strange_entries_are_refused(change):
+    record = EditRecord("transport", ((1, 2),), ("ab",), None, "5", (0,)).to_json()
+    assert EditRecord.from_json(record).to_json() == record
+    with pytest.raises(FileFormatError, match="an edit has an entry of another type"):
+        EditRecord.from_json(record | change)
+
+
 # ---- positions ---------------------------------------------------------------------------------------------------------
 
 

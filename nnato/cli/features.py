@@ -62,7 +62,8 @@ def _evaluate(
     \b
     Examples:
       nnato features evaluate --target 9 --sae sae-9/
-      nnato features evaluate moments/ --target 20 --leap 1-8 --sae gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
+      nnato features evaluate moments/ --target 20 --leap 1-8 \\
+        --sae gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
     """
     from nnato.dictionaries import load_dictionary
     from nnato.features import check_latents, evaluate_features
