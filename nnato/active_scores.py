@@ -17,7 +17,7 @@ FEWEST_TOKENS, FEWEST_DOCUMENTS = 50, 10
 REASONS = ("", "never active", "too few active tokens", "active in too few documents", "its direction does not vary")
 """Why a feature has no scores, by code."""
 EXTRAS = ("abs_b", "abs_error", "relative_error", "log_ratio")
-"""Sums that only the paper's metrics need: Σ|b|, Σ|a-b|, Σ|a-b|/|a|, Σ log²(|b|/|a|); and of all operators together Σ|a|."""
+"""Sums that only the paper's metrics need: `Σ|b|`, `Σ|a-b|`, `Σ|a-b|/|a|`, `Σ log²(|b|/|a|)`; and of all operators together `Σ|a|`."""
 
 
 @dataclass(frozen=True)
