@@ -60,6 +60,7 @@ class Server:
             # The controller places models on nodes with a GPU only; pretend one, which the actor never touches.
             "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 8, "GPU": 1, "cuda_memory_bytes": 8_000_000_000}),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # a token left in the home folder by another Ray would be asked for, and not by all of its parts
             "GRPC_ENABLE_FORK_SUPPORT": "0",
             "AWS_EC2_METADATA_DISABLED": "true",
             "NO_PROXY": "127.0.0.1,localhost",
