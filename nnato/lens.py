@@ -21,6 +21,7 @@ from nnato.errors import FileFormatError, OperatorError, SiteError, first_line
 from nnato.fitting import Fit, fit
 from nnato.models import ModelInfo
 from nnato.operators import AffineMap, TransportOperator, identity
+from nnato.remote import UNPICKLING
 from nnato.selection import Method
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 KIND = "lens"
 FILE = "lens.safetensors"
-_UNPICKLING = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]  # of a file that holds more than tensors
 METHOD = Method(shrink_to="identity")
 """Ridge, shrunk to the identity, with the penalty that does best on validation documents."""
 
@@ -201,7 +201,7 @@ def import_lens(path: str | Path, blocks: int, d_model: int) -> Lens:
         config = json.loads((folder / "config.json").read_text())
         state = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)
         shape = (int(config["num_hidden_layers"]), int(config["d_model"]))
-    except (*LOAD_ERRORS, TypeError, EOFError, _UNPICKLING) as error:
+    except (*LOAD_ERRORS, TypeError, EOFError, UNPICKLING) as error:
         raise FileFormatError(f"{folder} holds no lens with params.pt and config.json: {first_line(error)}") from None
     require(shape == (blocks, d_model), folder, f"it is of a model of {shape[0]} blocks and width {shape[1]}, not {blocks} and {d_model}")
     translators: dict[ResidualSite, AffineMap] = {}

@@ -70,7 +70,52 @@ def stream(
         OutputError: The file cannot be written, or another process is writing it.
     """
     with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
-        return _stream(model, blocks, statistic, request, about, file, kind, batch_size, checkpoint_every, remote, medians, shard, progress)
+        plan = blocks.plan(batch_size)
+        mine = range(len(plan)) if shard is None else shard.batches(blocks.work(plan))
+        classes, cursor = TokenClasses(medians), mine.start
+        part = {} if shard is None else {"shard": [shard.number, shard.count]}
+        if file is not None and (found := _checkpoint(file, kind)):
+            tensors, metadata = found
+            if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
+                raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
+            cursor = metadata["cursor"]
+            statistic.restore(tensors, metadata)
+            classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
+            classes.excluded.update(metadata["excluded"])
+            classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+        elif mine.start > 0 and medians is None:
+            first = blocks.batch(plan[0])
+            classes.medians = classify(capture(model, first.ids, statistic.sites), first.mask, first.special, None)[2]
+
+        def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+            tensors, own = statistic.state()
+            frozen = [] if classes.medians is None else classes.medians.tolist()
+            sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
+            return tensors, own | dict(about) | part | {
+                "request": dict(request),
+                "cursor": cursor,
+                "batches": mine.stop,
+                "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
+                "excluded": dict(classes.excluded),
+                "sinks": sinks,
+                "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
+            }
+
+        while cursor < mine.stop:
+            if progress is not None:
+                progress("forward passes", cursor - mine.start, len(mine))
+            if remote is None:
+                _add_batch(model, blocks.batch(plan[cursor]), statistic, classes)
+                cursor += 1
+            else:
+                cursor = remote.add(model, blocks, plan, cursor, classes)
+            if file is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
+                write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
+                if cursor == mine.stop:
+                    _previous(file).unlink(missing_ok=True)
+        if progress is not None:
+            progress("forward passes", len(mine), len(mine))
+        return snapshot(mine.stop)[1]
 
 
 def _finished(file: Path) -> bool:
@@ -97,71 +142,8 @@ def _checkpoint(file: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadat
         if not before.exists():
             raise
         found = read_artifact(before, kind)
-        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=4)
+        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=3)
         return found
-
-
-def _stream(
-    model: TransformersModel,
-    blocks: TokenBlocks,
-    statistic: Statistic,
-    request: Mapping[str, Any],
-    about: Mapping[str, Any],
-    file: Path | None,
-    kind: str,
-    batch_size: int,
-    checkpoint_every: int,
-    remote: RemoteMoments | None,
-    medians: torch.Tensor | None,
-    shard: Shard | None,
-    progress: Progress | None,
-) -> Metadata:
-    plan = blocks.plan(batch_size)
-    mine = range(len(plan)) if shard is None else shard.batches(blocks.work(plan))
-    classes, cursor = TokenClasses(medians), mine.start
-    part = {} if shard is None else {"shard": [shard.number, shard.count]}
-    if file is not None and (found := _checkpoint(file, kind)):
-        tensors, metadata = found
-        if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
-            raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
-        cursor = metadata["cursor"]
-        statistic.restore(tensors, metadata)
-        classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
-        classes.excluded.update(metadata["excluded"])
-        classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
-    elif mine.start > 0 and medians is None:
-        first = blocks.batch(plan[0])
-        classes.medians = classify(capture(model, first.ids, statistic.sites), first.mask, first.special, None)[2]
-
-    def snapshot(cursor: int) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
-        tensors, own = statistic.state()
-        frozen = [] if classes.medians is None else classes.medians.tolist()
-        sinks = [[token, count, model.tokenizer.decode([token])] for token, count in classes.sinks.most_common()]
-        return tensors, own | dict(about) | part | {
-            "request": dict(request),
-            "cursor": cursor,
-            "batches": mine.stop,
-            "medians": {str(site): median for site, median in zip(statistic.sites, frozen, strict=True)},
-            "excluded": dict(classes.excluded),
-            "sinks": sinks,
-            "provenance": provenance() | ({} if remote is None else {"server": remote.about()}),
-        }
-
-    while cursor < mine.stop:
-        if progress is not None:
-            progress("forward passes", cursor - mine.start, len(mine))
-        if remote is None:
-            _add_batch(model, blocks.batch(plan[cursor]), statistic, classes)
-            cursor += 1
-        else:
-            cursor = remote.add(model, blocks, plan, cursor, classes)
-        if file is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
-            write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
-            if cursor == mine.stop:
-                _previous(file).unlink(missing_ok=True)
-    if progress is not None:
-        progress("forward passes", len(mine), len(mine))
-    return snapshot(mine.stop)[1]
 
 
 def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:
