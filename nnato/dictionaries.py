@@ -223,8 +223,17 @@ class Dictionary:
         """
         return self._unscaled(activations.float() @ self.W_dec + self.b_dec, x)
 
-    def decode_sparse(self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-        """As `decode`, from values and latents as `encode_sparse` gives them, float and int64 (…, k)."""
+    def decode_sparse(
+        self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor | None = None, starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `decode`, from values and latents as `encode_sparse` gives them, float and int64 (…, k).
+
+        Where tokens have different numbers of active latents, values and latents are flat, and `starts` says where each token's begin,
+        int64 (rows,).
+        """
+        if starts is not None:
+            bags = torch.nn.functional.embedding_bag(latents, self.W_dec, starts, per_sample_weights=values.float(), mode="sum")
+            return self._unscaled(bags + self.b_dec, x)
         flat = values.float().reshape(-1, values.shape[-1])
         summed = torch.nn.functional.embedding_bag(latents.reshape(flat.shape), self.W_dec, per_sample_weights=flat, mode="sum")
         return self._unscaled(summed.reshape(*values.shape[:-1], self.d_model) + self.b_dec, x)

@@ -34,6 +34,11 @@ def command() -> None:
 @click.option("--rate", type=float, default=0.05, show_default=True, help="False-discovery rate of both.")
 @click.option("--random", type=click.IntRange(min=1), default=512, show_default=True, help="Random directions to judge beside them.")
 @click.option("--moments-only", is_flag=True, help="Do not read the test documents again: scores of all tokens only.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    help="Encode predictions of one test token in so many; 1 for all.  [default: so many that about 4,096 tokens are]",
+)
 @click.option("--force", is_flag=True, help="Go on with fewer than 5 effective tokens per dimension.")
 @click.option("--device", help="Where to run: cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers (JSON, CSV) and figures.")
@@ -49,6 +54,7 @@ def _evaluate(
     rate: float,
     random: int,
     moments_only: bool,
+    sample: int | None,
     force: bool,
     device: str | None,
     out: Path | None,
@@ -81,7 +87,7 @@ def _evaluate(
         results = evaluate_features(
             accumulated, dictionary, pairs, numbers, thresholds=limits, random=random, force=force, progress=progress
         )
-        seen = None if moments_only else _pass(accumulated, dictionary, results, numbers, device, progress)
+        seen = None if moments_only else _pass(accumulated, dictionary, results, numbers, sample, device, progress)
     record = {"sae": dictionary.fingerprint(), "pairs": [_entry(result, place, seen) for place, result in enumerate(results)]}
     if out is not None:
         from nnato.feature_plots import r2_by_leap
@@ -124,6 +130,7 @@ def _pass(
     dictionary: Dictionary,
     results: list[FeatureResult],
     numbers: list[int] | None,
+    sample: int | None,
     device: str | None,
     progress: Progress,
 ) -> FeaturePass:
@@ -138,7 +145,7 @@ def _pass(
     blocks = tokenize(model, Corpus(**{key: accumulated.text[key] for key in keys}), progress)
     if blocks.fingerprint["digest"] != accumulated.text["digest"]:
         raise TextError(f"text {accumulated.text['source']!r} is not what the moments are of any more: use --moments-only")
-    return feature_pass(model, blocks, dictionary, [result.operator for result in results], numbers, progress=progress)
+    return feature_pass(model, blocks, dictionary, [result.operator for result in results], numbers, sample=sample, progress=progress)
 
 
 def _entry(result: FeatureResult, place: int, seen: FeaturePass | None) -> dict[str, Any]:
