@@ -4,9 +4,11 @@ The loop does what the authors' code does for each feature: two products of all 
 Moments are made from the same rows, and their cost counts. Ways take turns; medians of the ratios of each turn are reported.
 Then the time of the product alone at the width of gemma-2-2b.
 
-The pass is of 8 operators into a block of the embedded model and a JumpReLU dictionary of random directions, whose bars let about 80 latents
-fire in a token, beside the bare forward pass: up to that block, and of all blocks. Of one token in 32, activations of predictions
-are judged too (as in a pass over 131,072 tokens by default), or of all. Prints one JSON object and writes benchmarks/results/features.json.
+The pass is of 8 operators into block 9 of the embedded model and a JumpReLU dictionary of random directions, whose bars let about 80
+latents fire in a token, beside the bare forward pass: up to that block, and of all blocks. Of one token in 32, activations of
+predictions are judged too (as in a pass over 131,072 tokens by default), or of all.
+
+Prints one JSON object and writes benchmarks/results/features.json.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import torch
-
 from accumulation import forward
 
 from nnato.blocks import find_blocks
@@ -66,9 +67,9 @@ def timed(work, *arguments):
     return time.process_time() - began, result
 
 
-def test_pass(features: int, repeats: int, generator: torch.Generator, target: int = 9) -> dict[str, object]:
+def in_the_pass(features: int, repeats: int, generator: torch.Generator) -> dict[str, object]:
     """CPU time of the pass over test documents as multiples of bare forward passes, in turns."""
-    model = load_model(device="cpu")
+    model, target = load_model(device="cpu"), 9
     layers = find_blocks(model._module)[1]
     sites = tuple(ResidualSite(block) for block in range(target - 8, target + 1))
     ids = torch.randint(300, 200_000, (8, 256), generator=generator)
@@ -163,7 +164,7 @@ def main() -> None:
         "ratio": statistics.median(turn[0] / turn[1] for turn in turns),
         "largest difference": max(turn[2] for turn in turns),
         "cpu_s, R² of 16,384 features at width 2,304 by one product": alone,
-        "pass": test_pass(arguments.features, arguments.repeats, generator),
+        "pass": in_the_pass(arguments.features, arguments.repeats, generator),
         "provenance": provenance(),
     }
     results = Path(__file__).parent / "results"

@@ -196,9 +196,7 @@ def show_features(results: list[FeatureResult], seen: FeaturePass | None) -> Non
             table.add_row(f"{result.pair[0]} → {result.pair[1]}", known, *(f"{one[name]['0.5']:.3f}" for name in names))
         console().print(table)
         some = seen.summary()["sampled"]
-        say(
-            f"latent R² to AUC: of {some['tokens']:,} of {seen.tokens:,} tokens, and the {some['features']:,} features active in enough of them"
-        )
+        say(f"latent R² to AUC: of {some['tokens']:,} of {seen.tokens:,} tokens, and {some['features']:,} features active in enough")
     notes = (
         "medians over features; +shift: of the identity moved by the difference of means; ceil.: of what any linear map could explain; "
         "rand.: of random directions; then how many features are transported, mixed, synthesised, undetermined. Active scores are of "
