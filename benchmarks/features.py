@@ -14,16 +14,14 @@ Prints one JSON object and writes benchmarks/results/features.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
-from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import torch
 from accumulation import forward
+from common import cpu_seconds, publish
 
 from nnato.blocks import find_blocks
 from nnato.dictionaries import Dictionary
@@ -37,7 +35,6 @@ from nnato.reduction import TokenClasses, capture
 from nnato.regression import Regression
 from nnato.sites import ResidualSite
 from nnato.statistics import ResidualBatch
-from nnato.storage import provenance
 
 PAIR = ResidualSite(0), ResidualSite(1)
 
@@ -58,13 +55,6 @@ def by_moments(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: tor
     rows = Regression.of(moments, PAIR)
     errors, totals = quadratic_forms(directions, [error_matrix(rows, weight, bias), rows.yy])
     return 1 - errors / totals
-
-
-def timed(work, *arguments):
-    """CPU seconds and result."""
-    began = time.process_time()
-    result = work(*arguments)
-    return time.process_time() - began, result
 
 
 def in_the_pass(features: int, repeats: int, generator: torch.Generator) -> dict[str, object]:
@@ -107,7 +97,7 @@ def in_the_pass(features: int, repeats: int, generator: torch.Generator) -> dict
     }
     turns = []
     for turn in range(repeats + 1):
-        seconds = {name: timed(way)[0] for name, way in (ways.items() if turn % 2 else reversed(ways.items()))}
+        seconds = {name: cpu_seconds(way)[0] for name, way in (ways.items() if turn % 2 else reversed(ways.items()))}
         if turn:  # the first warms up
             turns.append(seconds)
 
@@ -149,12 +139,12 @@ def main() -> None:
     turns = []
     for _ in range(arguments.repeats):
         few = directions[: arguments.features // 64]  # the loop's time is proportional to the number of features
-        loop, want = timed(lambda few=few: by_loop(y, x @ weight + bias, few))
-        product, got = timed(by_moments, x, y, weight, bias, directions)
+        loop, want = cpu_seconds(lambda few=few: by_loop(y, x @ weight + bias, few))
+        product, got = cpu_seconds(lambda: by_moments(x, y, weight, bias, directions))
         turns.append((loop * 64, product, float((got[: len(few)] - want).abs().max())))
     wide = torch.nn.functional.normalize(random(16384, 2304), dim=1)
     matrices = [one @ one.T for one in (random(2304, 2304), random(2304, 2304))]
-    alone, _ = timed(quadratic_forms, wide, matrices)
+    alone, _ = cpu_seconds(lambda: quadratic_forms(wide, matrices))
     record = {
         "width": d,
         "tokens": n,
@@ -165,12 +155,8 @@ def main() -> None:
         "largest difference": max(turn[2] for turn in turns),
         "cpu_s, R² of 16,384 features at width 2,304 by one product": alone,
         "pass": in_the_pass(arguments.features, arguments.repeats, generator),
-        "provenance": provenance(),
     }
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "features.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    publish("features", record)
 
 
 if __name__ == "__main__":
