@@ -92,7 +92,7 @@ def matched_on_rate(rate: torch.Tensor, chosen: torch.Tensor, seed: int = 0) -> 
     free = (rate > 0).numpy().copy()
     free[chosen.numpy()] = False
     if free.sum() < len(chosen):
-        raise DictionaryError(f"{len(chosen)} features are chosen, and only {free.sum()} others are ever active: choose fewer to have a control")
+        raise DictionaryError(f"{len(chosen)} features are chosen, and only {free.sum()} others are ever active: choose fewer")
     left = np.flatnonzero(free)
     found = np.empty(len(chosen), dtype=np.int64)
     for place in rng.permutation(len(chosen)):

@@ -261,10 +261,10 @@ def causal_effects(
     """
     sums = torch.zeros(3, len(candidates), dtype=torch.float64)  # n, Σ Δ, Σ Δ²
     read: list[set[int]] = [set() for _ in range(len(candidates))]
-    plan = blocks.plan(1)
-    for number, rows in enumerate(plan):
+    whole = sequences * len(candidates)
+    for rows in blocks.plan(1):
         if progress is not None:
-            progress("taking latents out", number, len(plan))
+            progress("taking latents out", int(sums[0].sum()), whole)
         missing = sums[0] < sequences
         if not bool(missing.any()):
             break
@@ -283,7 +283,7 @@ def causal_effects(
             sums[:, one] += torch.tensor([1.0, change, change**2], dtype=torch.float64)
             read[one].add(document)
     if progress is not None:
-        progress("taking latents out", len(plan), len(plan))
+        progress("taking latents out", whole, whole)
     n, total, squares = sums
     known = torch.where(n >= FEWEST_SEQUENCES, n, float("nan"))
     delta = total / known
