@@ -7,18 +7,23 @@ import json
 
 import pytest
 import torch
+from conftest import hook_residuals
 from test_cli import TEXT, check_envelope, run
 from test_dictionaries import LATENTS, make_sae
+from test_report import Page
 
-from nnato import feature_traits, plots
+from nnato import active_scores, feature_traits, plots
 from nnato.accumulation import load_moments, tokenize
 from nnato.active_scores import paper_metrics
 from nnato.corpus import Corpus
 from nnato.dictionaries import load_dictionary
 from nnato.feature_controls import matched_on_rate
+from nnato.feature_page import Feature, write_feature_page
 from nnato.feature_pass import feature_pass
 from nnato.features import evaluate_features
 from nnato.models import load_model
+from nnato.sites import ResidualSite
+from nnato.top_examples import Example
 from nnato.verdicts import VERDICTS
 
 
@@ -128,6 +133,56 @@ def test_explain(folder, tmp_path):
     assert "Links only" in run(*where, "--url", "http://127.0.0.1:9").stdout
     assert "is not there at all" in run("features", "explain", file, "--sae", folder / "sae", code=2).stderr
     assert "no JSON file" in run("features", "explain", tmp_path / "nothing.json", code=2).stderr
+
+
+def test_show(folder, saved_model, text, monkeypatch):
+    make_sae("topk", metadata={"hook_name": "blocks.3.hook_resid_post", "neuronpedia_id": "tiny/3-res"}).save_model(folder / "known")
+    where = (folder / "moments", "--sae", folder / "known", "--force")
+    dictionary = load_dictionary(folder / "known")
+    blocks = tokenize(load_model(str(saved_model)), Corpus(str(text), context=32, per_document=None, tokens=100_000)).only("test")
+    z, places = [], []
+    for number, row in enumerate(blocks.plan(1)):
+        tokens = blocks.batch(row)
+        seen, _ = hook_residuals(load_model(str(saved_model))._module, tokens.ids)
+        z.append(dictionary.encode(seen[3][0, 1:]))
+        places += [(number, position) for position in range(1, tokens.ids.shape[1])]
+    rows, z = blocks.plan(1), torch.cat(z)
+    often = int((z > 0).sum(0).argmax())
+    got = check_envelope(run("features", "show", f"3:{often}", *where, "--out", folder / "out", "--json"))
+    assert got == json.loads((folder / "out" / f"feature-3-{often}.json").read_text())
+    direct = evaluate_features(load_moments(folder / "moments"), dictionary, [(0, 3), (1, 3)], [often], force=True)
+    for row, result, leap in zip(got["sources"], direct, (3, 2), strict=True):
+        assert row["leap"] == leap
+        assert row["r2"]["transport"]["value"] == pytest.approx(float(result.scores.r2["transport"].value[0]))
+        assert row["verdict"] == result.verdicts.name(0)
+    best = z[:, often].argsort(descending=True)[:8].tolist()
+    assert [one["activation"] for one in got["examples"]] == pytest.approx(z[best, often].tolist(), abs=1e-4)
+    row, position = places[best[0]]
+    word = load_model(str(saved_model)).tokenizer.decode([int(blocks.batch(rows[row]).ids[0, position])])
+    assert got["examples"][0]["tokens"][got["examples"][0]["at"]] == word
+    assert got["rate"] == pytest.approx(float((z[:, often] > 0).double().mean()), abs=1e-9)
+    page = Page((folder / "out" / f"feature-3-{often}.html").read_text())
+    assert page.addresses == [f"https://www.neuronpedia.org/tiny/3-res/{often}"] == [got["link"]]
+    assert "script" not in page.tags
+    shown = run("features", "show", f"3:{often}", *where, "--leap", "2").stdout
+    assert got["link"] in shown
+    assert word in shown
+    monkeypatch.setattr(active_scores.FeaturePass.reasons, "__defaults__", (10**6, 10))
+    bare = run("features", "show", f"3:{often}", *where, "--out", folder / "bare").stdout
+    assert "No scores of active tokens: too few active tokens." in bare
+    assert "too few active tokens" in (folder / "bare" / f"feature-3-{often}.html").read_text()
+    for wrong in ("3", "3:x", ":3"):
+        assert "write site:latent" in run("features", "show", wrong, *where, code=2).stderr
+    assert "latents 0 … 39" in run("features", "show", "3:40", *where, code=2).stderr
+    assert "ask for at least one" in run("features", "show", "3:1", *where, "--examples", "0", code=2).stderr
+
+
+def test_a_page_shows_tokens_as_text(folder, saved_model):
+    example = Example(1, ResidualSite(3), 2.0, ("<script>alert(1)</script>", "b"), 0, 7)
+    about = {"model": {"name": "<i>"}, "text": {"source": "t"}, "sae": {"source": "s"}, "provenance": {"command": "c", "nnato": "0"}}
+    path = write_feature_page(Feature(1, ResidualSite(3), [], "never active", 0.0, [example], None, about), folder / "page.html")
+    assert Page(path.read_text()).tags.count("script") == 0
+    assert "<i>" not in path.read_text()
 
 
 def test_refused(folder):

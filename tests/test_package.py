@@ -45,7 +45,7 @@ ROWS = [
         "feature_selection",
         "feature_controls",
     },
-    {"layer_plots", "feature_plots", "published"},
+    {"layer_plots", "feature_plots", "feature_page", "published"},
     {"cli"},
 ]
 

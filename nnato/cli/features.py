@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nnato.cli import common, feature_choice, feature_words, tables
+from nnato.cli import common, feature_choice, feature_show, feature_words, tables
 
 if TYPE_CHECKING:
     from nnato.accumulation import Accumulated
@@ -97,7 +97,7 @@ def _evaluate(
         accumulated = common.open_moments(moments, progress)
         pairs = common.pairs_to_target(accumulated, target, leap) or ()
         dictionary.check_fits(accumulated.model, pairs[0][1])
-        seen = None if moments_only else _opened(accumulated, device, progress)
+        seen = None if moments_only else opened(accumulated, device, progress)
         judged = latents
         if selection is not None:
             control = feature_choice.controls(selection, dictionary, pairs[0][1], seen, seed, progress)
@@ -139,9 +139,10 @@ def _evaluate(
 command.add_command(_evaluate)
 command.add_command(feature_choice.select)
 command.add_command(feature_words.explain)
+command.add_command(feature_show.show)
 
 
-def _opened(accumulated: Accumulated, device: str | None, progress: Progress) -> tuple[TransformersModel, TokenBlocks]:
+def opened(accumulated: Accumulated, device: str | None, progress: Progress) -> tuple[TransformersModel, TokenBlocks]:
     """The model and the text of moments."""
     from nnato.accumulation import tokenize
     from nnato.corpus import Corpus
