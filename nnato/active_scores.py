@@ -93,14 +93,17 @@ class FeaturePass:
         code = torch.where(self.active < fewest_tokens, 2, code)
         return torch.where(self.active == 0, 1, code)
 
-    def summary(self, number: int = 0) -> dict[str, Any]:
+    def summary(self, number: int = 0, among: slice | None = None) -> dict[str, Any]:
         """Quantiles over the features that have scores, in JSON, with how many these are and why others have none.
 
         Args:
             number: Which operator.
+            among: Only these places of `latents`; all by default.
         """
         one, reasons = self.scores[number], self.reasons()
-        known = reasons == 0
+        kept = torch.zeros(len(reasons), dtype=torch.bool)
+        kept[among or slice(None)] = True
+        known, reasons = kept & (reasons == 0), reasons[kept]
         enough = known & (self.fired >= FEWEST_SAMPLED)
         found = {
             "active_r2": one.active.r2().value,

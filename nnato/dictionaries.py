@@ -238,6 +238,20 @@ class Dictionary:
         summed = torch.nn.functional.embedding_bag(latents.reshape(flat.shape), self.W_dec, per_sample_weights=flat, mode="sum")
         return self._unscaled(summed.reshape(*values.shape[:-1], self.d_model) + self.b_dec, x)
 
+    def contributions(self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What single latents add to reconstructions.
+
+        Args:
+            values: Their activations, float (n,).
+            latents: Which latent of each, int64 (n,).
+            x: The residuals they come from, float (n, d_model): a dictionary that scales its input takes the scale from them.
+
+        Returns:
+            float32 (n, d_model).
+        """
+        self._check_width(x)
+        return values.float()[:, None] * self.W_dec[latents] * self._scaled(x.float())[2]
+
     def _unscaled(self, decoded: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         if self.scaling == "none":
             return decoded

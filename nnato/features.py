@@ -98,6 +98,18 @@ class FeatureResult:
         """(source, target)."""
         return self.operator.pair
 
+    def only(self, places: torch.Tensor) -> FeatureResult:
+        """Judged by some of the features: false discoveries are counted among these. `places`: int64, in `features`."""
+        scores = self.scores.take(places)
+        r2, ceiling = scores.r2["transport"], scores.ceiling
+        return replace(
+            self,
+            features=self.features[places],
+            scores=scores,
+            verdicts=judge(r2, ceiling, scores.over_null, scores.r2["identity_shift"], self.thresholds),
+            relative=_take(self.relative, places),
+        )
+
     def summary(self, among: torch.Tensor | None = None) -> dict[str, Any]:
         """Quantiles of R² and ceiling and the verdicts, in JSON, with the random directions beside them.
 

@@ -121,15 +121,17 @@ class TopExamples:
         for one in chosen:
             key = latent * len(self.sae.sites) + self.sae.sites.index(one)
             entries = zip(self.leaders.values[key].tolist(), self.leaders.places[key].tolist(), strict=True)
-            found += [self._example(tokenizer, latent, one, value, place) for value, place in entries if place >= 0]
+            found += [example_at(self.blocks, tokenizer, latent, one, value, place) for value, place in entries if place >= 0]
         return sorted(found, key=lambda example: -example.activation)[:count]
 
-    def _example(self, tokenizer: Any, latent: int, site: ResidualSite, value: float, place: int) -> Example:
-        row, position = divmod(place, self.blocks.context)
-        tokens = self.blocks.batch([row])
-        first = max(position - WINDOW[0], 0)
-        ids = tokens.ids[0, first : position + WINDOW[1] + 1].tolist()
-        return Example(latent, site, value, tuple(tokenizer.decode([one]) for one in ids), position - first, int(tokens.documents[0]))
+
+def example_at(blocks: TokenBlocks, tokenizer: Any, latent: int, site: ResidualSite, value: float, place: int) -> Example:
+    """A latent with the value it has at a place of a text: row · context + position."""
+    row, position = divmod(place, blocks.context)
+    tokens = blocks.batch([row])
+    first = max(position - WINDOW[0], 0)
+    ids = tokens.ids[0, first : position + WINDOW[1] + 1].tolist()
+    return Example(latent, site, value, tuple(tokenizer.decode([one]) for one in ids), position - first, int(tokens.documents[0]))
 
 
 def top_examples(

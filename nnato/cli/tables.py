@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnato.cli.common import console, print_json, say
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nnato.accumulation import Accumulated
-    from nnato.active_scores import FeaturePass
     from nnato.effects import AblationResult
     from nnato.efficiency import Efficiency, PaperEfficiency
     from nnato.features import FeatureResult
@@ -169,7 +168,7 @@ def show_accumulated(accumulated: Accumulated) -> None:
     say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
 
 
-def show_features(results: list[FeatureResult], seen: FeaturePass | None) -> None:
+def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -> None:
     """Table of R² over features and of verdicts, one row per source, and one of scores where features are active."""
     columns = ("pair", "R²", "5 %", "95 %", "+shift", "ceil.", "rand.", "transp.", "mixed", "synth.", "undet.")
     table = _table("features: R² on test documents (all ordinary tokens)", columns)
@@ -187,16 +186,22 @@ def show_features(results: list[FeatureResult], seen: FeaturePass | None) -> Non
             *(str(one["verdicts"][name]) for name in ("transported", "mixed", "synthesised", "undetermined")),
         )
     console().print(table)
-    if seen is not None:
+    if "active" in entries[0]:
         table = _table("where features are active", ("pair", "known", "R²", "Pearson", "latent R²", "prec.", "recall", "F1", "AUC"))
-        for place, result in enumerate(results):
-            one = seen.summary(place)
+        for result, entry in zip(results, entries, strict=True):
+            one = entry["active"]
             names = ("active_r2", "active_pearson", "latent_r2", "precision", "recall", "f1", "auc")
-            known = f"{one['active_r2']['known']}/{len(seen.latents)}"
+            known = f"{one['active_r2']['known']}/{len(result.features)}"
             table.add_row(f"{result.pair[0]} → {result.pair[1]}", known, *(f"{one[name]['0.5']:.3f}" for name in names))
         console().print(table)
-        some = seen.summary()["sampled"]
-        say(f"latent R² to AUC: of {some['tokens']:,} of {seen.tokens:,} tokens, and {some['features']:,} features active in enough")
+        some = one["sampled"]
+        say(f"latent R² to AUC: of {some['tokens']:,} of {one['tokens']:,} tokens, and {some['features']:,} features active in enough")
+    if "paper" in entries[0]:
+        table = _table("the paper's numbers of active tokens: mean (median)", ("", *(f"{one.pair[0]} → {one.pair[1]}" for one in results)))
+        for name in entries[0]["paper"]:
+            numbers = [entry["paper"][name] for entry in entries]
+            table.add_row(name, *(f"{one['mean']:.3g} ({one['0.5']:.3g})" for one in numbers))
+        console().print(table)
     notes = (
         "medians over features; +shift: of the identity moved by the difference of means; ceil.: of what any linear map could explain; "
         "rand.: of random directions; then how many features are transported, mixed, synthesised, undetermined. Active scores are of "
