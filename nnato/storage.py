@@ -150,6 +150,33 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files replace those of the same names in `folder`, each durably, one of them at the end.
+
+    For files that other libraries write. The last one is taken away before another is replaced: whoever finds it finds what belongs to it.
+
+    Args:
+        folder: Where the files go.
+        last: Name of the file that comes last.
+
+    Raises:
+        OutputError: A file could not be written.
+    """
+    with atomic(folder / last) as temporary:
+        yield temporary.parent
+        others = [path for path in sorted(temporary.parent.iterdir()) if path != temporary]
+        for path in others:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            (folder / last).unlink(missing_ok=True)
+            for path in others:
+                os.replace(path, folder / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot replace the files of {folder}: {error.strerror or error}; run the command again") from None
+
+
 def _remove_orphans(path: Path) -> None:
     """Remove temporaries of this file whose process was killed while writing them."""
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -11,7 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from nnato.errors import FileFormatError, OutputError
-from nnato.storage import SCHEMA, atomic, cache_dir, prepare_cache, prepare_folder, read_artifact, read_metadata, write_artifact
+from nnato.storage import (
+    SCHEMA,
+    atomic,
+    atomic_folder,
+    cache_dir,
+    prepare_cache,
+    prepare_folder,
+    read_artifact,
+    read_metadata,
+    write_artifact,
+)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.zeros(0, dtype=torch.float64)}
 
@@ -103,6 +114,40 @@ def test_orphans_of_killed_processes_are_removed(file):
     write_artifact(file, "thing", TENSORS, {})
     assert not orphan.exists()
     assert mine.exists()
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path):
+    for name in ("a", "b", "last", "other"):
+        (tmp_path / name).write_text("old")
+    with atomic_folder(tmp_path, "last") as scratch:
+        for name in ("a", "b", "last"):
+            (scratch / name).write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new", "last": "new", "other": "old"}
+    with pytest.raises(OutputError, match="nothing was replaced"), atomic_folder(tmp_path, "last") as scratch:
+        (scratch / "a").write_text("newer")
+        raise OSError(28, "No space left on device")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_whoever_finds_the_last_file_finds_what_belongs_to_it(tmp_path, monkeypatch, failing):
+    """Whatever step of the replacement is the first that does not happen."""
+    for name in ("a", "b", "last"):
+        (tmp_path / name).write_text("old")
+    left, replace = [failing], os.replace
+
+    def counted(*arguments):
+        if not left[0]:
+            raise OSError("stopped")
+        left[0] -= 1
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", counted)
+    with contextlib.suppress(OutputError), atomic_folder(tmp_path, "last") as scratch:
+        for name in ("a", "b", "last"):
+            (scratch / name).write_text("new")
+    if (tmp_path / "last").exists():
+        assert len({path.read_text() for path in tmp_path.iterdir()}) == 1
 
 
 def test_folders_that_cannot_be_written_to(tmp_path):
