@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nnato.errors import FileFormatError
-from nnato.storage import Metadata, exclusive, read_artifact, write_artifact
+from nnato.storage import Metadata, exclusive, read_artifact, remove_orphans, write_artifact
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,16 @@ class Checkpoints:
             warnings.warn(f"{damage}. Going on from the checkpoint before it, {self.previous.name}", stacklevel=3)
             return found
 
-    def write(self, tensors: Mapping[str, torch.Tensor], metadata: Metadata, last: bool) -> None:
-        """Write a checkpoint, durably; after the last one the one before it is removed.
+    def write(self, tensors: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
+        """Write a checkpoint, durably.
 
         Raises:
             OutputError: It cannot be written; those that were there are kept.
         """
         write_artifact(self.file, self.kind, tensors, metadata, keep=self.previous)
-        if last:
+
+    def finish(self) -> None:
+        """Remove the checkpoint before the last one, and what a process left that was killed just before it could do so."""
+        if self.previous.exists():
             self.previous.unlink(missing_ok=True)
+        remove_orphans(self.file)

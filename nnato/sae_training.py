@@ -196,7 +196,8 @@ def _run(
         except NonFinite as error:
             raise located(error, rows.model, rows.tokens) from None
         if training.finished or rows.fills % every == 0:
-            checkpoints.write(*_snapshot(request, training, rows), last=training.finished)
+            checkpoints.write(*_snapshot(request, training, rows))
+    checkpoints.finish()
     if progress is not None:
         progress("training", training.samples, training.samples)
 

@@ -131,7 +131,7 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary = scratch / path.name
     try:
-        _remove_orphans(path)
+        remove_orphans(path)
         scratch.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -177,7 +177,7 @@ def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
             raise OutputError(f"cannot replace the files of {folder}: {error.strerror or error}; run the command again") from None
 
 
-def _remove_orphans(path: Path) -> None:
+def remove_orphans(path: Path) -> None:
     """Remove temporaries of this file whose process was killed while writing them."""
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):
         match = re.fullmatch(r".*\.(\d+)\.tmp", orphan.name)

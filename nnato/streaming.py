@@ -111,7 +111,9 @@ def stream(
             else:
                 cursor = remote.add(model, blocks, plan, cursor, classes)
             if checkpoints is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
-                checkpoints.write(*snapshot(cursor), last=cursor == mine.stop)
+                checkpoints.write(*snapshot(cursor))
+        if checkpoints is not None:
+            checkpoints.finish()
         if progress is not None:
             progress("forward passes", len(mine), len(mine))
         return snapshot(mine.stop)[1]
