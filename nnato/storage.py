@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,15 +103,31 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     try:
-        file = lock.open("a")
+        file = _locked(lock)
+    except BlockingIOError:
+        raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
     except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+        raise OutputError(f"cannot write to {lock.parent}: {error.strerror}; choose another folder with --out") from None
     with file:
         try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> IO[str]:
+    """Open and lock a file that whoever holds the lock removes before letting go."""
+    while True:
+        file = lock.open("a")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
-        yield
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return file
+            file.close()  # whoever held it removed it between our opening and locking it
+        except OSError:
+            file.close()
+            raise
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,27 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         assert read_artifact(file, "thing")[1]["n"] == 3
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_lock_leaves_nothing_and_is_held_by_one_process_at_a_time(tmp_path):
+    """Processes that fight for it, each reading and writing a number while it holds it: no increment is lost."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from nnato.errors import OutputError\n"
+        "from nnato.storage import exclusive\n"
+        "folder, done = Path(sys.argv[1]), 0\n"
+        "while done < 100:\n"
+        "    try:\n"
+        "        with exclusive(folder):\n"
+        "            number = int((folder / 'number').read_text())\n"
+        "            (folder / 'number').write_text(str(number + 1))\n"
+        "            done += 1\n"
+        "    except OutputError:\n"
+        "        time.sleep(0.001)\n"
+    )
+    (tmp_path / "number").write_text("0")
+    rivals = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [rival.wait(60) for rival in rivals] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["number"]
+    assert (tmp_path / "number").read_text() == "300"

@@ -67,12 +67,10 @@ def _evaluate(
     """
     from nnato.dictionaries import load_dictionary
     from nnato.features import check_latents, evaluate_features
-    from nnato.storage import prepare_folder
     from nnato.verdicts import Thresholds
 
     limits, numbers = Thresholds(high, low, rate), _numbers(chosen)
-    if out is not None:
-        prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     dictionary = load_dictionary(sae)
     check_latents(dictionary, numbers)
     with common.progress_bar() as progress:
@@ -83,10 +81,9 @@ def _evaluate(
         )
         seen = None if moments_only else _pass(accumulated, dictionary, results, numbers, device, progress)
     record = {"sae": dictionary.fingerprint(), "pairs": [_entry(result, place, seen) for place, result in enumerate(results)]}
-    if out is not None:
+    if folder is not None:
         from nnato.feature_plots import r2_by_leap
 
-        folder = out.expanduser()
         common.write_json(folder / "features.json", record)
         common.write_csv(folder / "features.csv", [row for result in results for row in _rows(result)])
         r2_by_leap(results, folder / "features.png", common.about(accumulated.model, accumulated.text))
