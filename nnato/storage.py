@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,15 +103,31 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     try:
-        file = lock.open("a")
+        file = _locked(lock)
+    except BlockingIOError:
+        raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
     except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+        raise OutputError(f"cannot write to {lock.parent}: {error.strerror}; choose another folder with --out") from None
     with file:
         try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> IO[str]:
+    """Open and lock a file that whoever holds the lock removes before letting go."""
+    while True:
+        file = lock.open("a")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
-        yield
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return file
+            file.close()  # whoever held it removed it between our opening and locking it
+        except OSError:
+            file.close()
+            raise
 
 
 @contextlib.contextmanager
@@ -131,7 +147,7 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary = scratch / path.name
     try:
-        _remove_orphans(path)
+        remove_orphans(path)
         scratch.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -150,7 +166,34 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _remove_orphans(path: Path) -> None:
+@contextlib.contextmanager
+def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files replace those of the same names in `folder`, each durably, one of them at the end.
+
+    For files that other libraries write. The last one is taken away before another is replaced: whoever finds it finds what belongs to it.
+
+    Args:
+        folder: Where the files go.
+        last: Name of the file that comes last.
+
+    Raises:
+        OutputError: A file could not be written.
+    """
+    with atomic(folder / last) as temporary:
+        yield temporary.parent
+        others = [path for path in sorted(temporary.parent.iterdir()) if path != temporary]
+        for path in others:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            (folder / last).unlink(missing_ok=True)
+            for path in others:
+                os.replace(path, folder / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot replace the files of {folder}: {error.strerror or error}; run the command again") from None
+
+
+def remove_orphans(path: Path) -> None:
     """Remove temporaries of this file whose process was killed while writing them."""
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):
         match = re.fullmatch(r".*\.(\d+)\.tmp", orphan.name)

@@ -17,7 +17,7 @@ ROOT = Path(nnato.__file__).parent
 ROWS = [
     {"errors"},
     {"sites", "storage", "notebook"},
-    {"embedded", "corpus", "shards"},
+    {"embedded", "corpus", "shards", "checkpoints"},
     {"nnsight_setup"},
     {"remote"},
     {"blocks", "passes", "residuals"},

@@ -88,13 +88,12 @@ def _evaluate(
     from nnato.errors import DictionaryError
     from nnato.feature_pass import feature_pass
     from nnato.features import check_latents, evaluate_features
-    from nnato.storage import prepare_folder
     from nnato.verdicts import Thresholds
 
     limits, selection = Thresholds(high, low, rate), feature_choice.chosen_features(chosen)
     if moments_only and preset is not None:
         raise DictionaryError("the paper's numbers are of active tokens: leave --moments-only away")
-    folder = None if out is None else prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     dictionary = load_dictionary(sae)
     if selection is not None:
         selection.check_fits(dictionary)
