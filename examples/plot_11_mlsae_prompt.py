@@ -44,6 +44,6 @@ layers = (shares > 0).sum(1)
 print(f"{found.tokens[-1]!r}:", *(f"{int((layers == count).sum())} at {count}" for count in range(1, len(found.sites) + 1)))
 
 # %%
-# **What this shows.** A latent is active at one layer or at a few neighbouring ones: read from below, the lines form stairs from early to late
-# layers, and at the last token most latents are active at one layer only. ``nnato mlsae prompt mlsae/ --html prompt.html`` writes this as a
-# page in which every cell and token can be pointed at.
+# **What this shows.** A latent is active at one layer or at a few neighbouring ones: read from below, the lines form stairs from early to
+# late layers, and at the last token most latents are active at one layer only. ``nnato mlsae prompt mlsae/ --html prompt.html`` writes
+# this as a page in which every cell and token can be pointed at.
