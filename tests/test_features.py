@@ -21,8 +21,10 @@ from nnato.cca import canonical_correlations
 from nnato.dictionaries import load_dictionary, origin
 from nnato.efficiency import PairRows
 from nnato.errors import DictionaryError
+from nnato.feature_plots import mean_grid, r2_distributions, trajectories
 from nnato.features import evaluate_features, fitted_maps, quadratic_forms, score_directions
 from nnato.models import describe
+from nnato.plots import _save
 from nnato.regression import Regression
 from nnato.selection import Method
 from nnato.sites import ResidualSite
@@ -262,3 +264,44 @@ def test_what_does_not_belong_is_refused(model, corpus, dictionary):
     for wrong in ([40], [-1], [], [1, 1]):
         with pytest.raises(DictionaryError, match="latents 0 … 39"):
             evaluate_features(moments, dictionary, [(1, 3)], wrong)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    found = []
+    monkeypatch.setattr("nnato.feature_plots._save", lambda figure, path: (found.append(figure), _save(figure, path))[1])
+    return found
+
+
+def test_figures_show_the_numbers_of_the_results(model, corpus, tmp_path, drawn):
+    make_sae("topk").save_model(tmp_path / "sae")
+    pairs = [(0, 1), (0, 3), (1, 3), (2, 3)]
+    results = evaluate_features(accumulate(model, corpus, pairs), load_dictionary(tmp_path / "sae"), pairs, random=20, force=True)
+    values = [result.scores.r2["transport"].value for result in results]
+    r2_distributions(results, tmp_path / "violins.png", "a model")
+    into_1, into_3 = drawn[0].axes
+    assert [text.get_text() for text in into_3.get_xticklabels()] == ["1", "2", "3"]
+    middles = [line.get_ydata()[0] for line in into_3.lines if line.get_marker() == "o"]
+    assert middles == pytest.approx([float(values[place].quantile(0.5)) for place in (3, 2, 1)])
+    reds = [line.get_ydata()[0] for line in into_1.lines if line.get_color() == "#bc4749"]
+    assert reds == pytest.approx([float(results[0].random.r2["transport"].value.nanmedian())])
+    mean_grid(results, tmp_path / "grid.png", "a model")
+    assert sorted(text.get_text() for text in drawn[1].axes[0].texts) == sorted(f"{float(one.mean()):.2f}" for one in values)
+    trajectories(results[1:], tmp_path / "lines.png", "a model", most=7)
+    axes = drawn[2].axes[0]
+    (middle,) = [line for line in axes.lines if line.get_label() == "median feature"]
+    assert list(middle.get_xdata()) == [1, 2, 3]
+    assert list(middle.get_ydata()) == pytest.approx([float(values[place].quantile(0.5)) for place in (3, 2, 1)])
+    single = [tuple(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 0.5]
+    table = torch.stack([values[place] for place in (3, 2, 1)])
+    order = table.mean(0).argsort()
+    assert len(single) == 7
+    assert single[0] == pytest.approx(table[:, order[0]].tolist())
+    assert single[-1] == pytest.approx(table[:, order[-1]].tolist())
+    other = [torch.full((40,), -3.0), *(torch.full((40,), float(place)) / 4 for place in range(3))]
+    other[1][5] = float("nan")
+    r2_distributions(results, tmp_path / "violins.png", "a model", other, "something else")
+    assert "something else" in drawn[3]._suptitle.get_text()
+    assert [line.get_ydata()[0] for line in drawn[3].axes[0].lines if line.get_marker() == "o"] == [-1]
+    mean_grid(results, tmp_path / "grid.png", "a model", other)
+    assert "-3.00" in [text.get_text() for text in drawn[4].axes[0].texts]

@@ -126,11 +126,14 @@ def _evaluate(
     entries = [results.entry(place) for place in range(len(found))]
     record = {"sae": dictionary.fingerprint(), "pairs": entries}
     if folder is not None:
-        from nnato.feature_plots import r2_by_leap
+        from nnato.feature_plots import r2_by_leap, r2_distributions, trajectories
 
         common.write_json(folder / "features.json", record)
         common.write_csv(folder / "features.csv", [row for place in range(len(found)) for row in results.rows(place)])
-        r2_by_leap(results.selected, folder / "features.png", common.about(accumulated.model, accumulated.text))
+        about = common.about(accumulated.model, accumulated.text)
+        r2_by_leap(results.selected, folder / "features.png", about)
+        r2_distributions(results.selected, folder / "distributions.png", about)
+        trajectories(results.selected, folder / "trajectories.png", about)
     if as_json:
         common.print_json(accumulated.model, accumulated.text, record, seed)
         return
@@ -139,7 +142,7 @@ def _evaluate(
     if results.matched:
         feature_choice.show_bias(list(zip(results.selected, results.matched, strict=True)))
     if out is not None:
-        common.say(f"features.json, features.csv and features.png in {out}")
+        common.say(f"features.json, features.csv, features.png, distributions.png and trajectories.png in {out}")
 
 
 command.add_command(_evaluate)
