@@ -46,12 +46,11 @@ def show(
     from nnato.dictionaries import load_dictionary
     from nnato.errors import DictionaryError
     from nnato.feature_page import describe_feature, write_feature_page
-    from nnato.storage import prepare_folder
 
     site, colon, number = feature.rpartition(":")
     if not colon or not site or not (number.isascii() and number.isdecimal() and len(number) < 10):
         raise DictionaryError(f"feature {feature!r}: write site:latent, for example 9:1234")
-    folder = None if out is None else prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     dictionary = load_dictionary(sae)
     with common.progress_bar() as progress:
         accumulated = common.open_moments(moments, progress)
