@@ -212,8 +212,8 @@ def import_lens(path: str | Path, blocks: int, d_model: int) -> Lens:
         config = read_json(folder / "config.json")
         check_zip(folder / "params.pt")
         state = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)
-        shape = (int(config["num_hidden_layers"]), int(config["d_model"]))
-        require(type(config.get("bias", True)) is bool, folder, "bias is neither true nor false")
+        require_entries({"bias": True, **config}, folder, num_hidden_layers=int, d_model=int, bias=bool)
+        shape = config["num_hidden_layers"], config["d_model"]
     except (*LOAD_ERRORS, TypeError, AttributeError, EOFError, UNPICKLING, FileFormatError) as error:
         raise FileFormatError(f"{folder} holds no lens with params.pt and config.json: {first_line(error)}") from None
     require(shape == (blocks, d_model), folder, f"it is of a model of {shape[0]} blocks and width {shape[1]}, not {blocks} and {d_model}")
