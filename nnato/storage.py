@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
@@ -28,6 +29,11 @@ from nnato.errors import FileFormatError, OutputError
 
 SCHEMA = 1
 """Version of every file format and cache key of this package; readers refuse newer ones."""
+
+MOST_JSON = 16 << 20
+"""Bytes of a configuration in JSON, at most."""
+MOST_UNPACKED = 20
+"""How many times its own size an archive of tensors may unpack to: weights hardly shrink."""
 
 Metadata = dict[str, Any]
 
@@ -276,6 +282,59 @@ def _read(
     return found, header
 
 
+def read_json(path: Path) -> Metadata:
+    """Read a JSON file that holds an object, as configurations do.
+
+    Raises:
+        FileFormatError: It is no file of at most 16 MB, or holds something else.
+    """
+    if not path.is_file():  # which a link to a device is not: there is no end to that
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    if path.stat().st_size > MOST_JSON:
+        raise FileFormatError(f"{path} has more than {MOST_JSON >> 20} MB: it is no configuration")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileFormatError(f"{path} is damaged or no JSON file ({type(error).__name__}: {error})") from None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} holds something else than a JSON object")
+    return found
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a safetensors file, which another library will read, whose tensors are not all floating-point numbers.
+
+    Raises:
+        FileFormatError: With the reason.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(f"{path} is damaged or not a safetensors file ({error})") from None
+    for name, kind in kinds.items():
+        require(kind in ("F64", "F32", "F16", "BF16"), path, f"{name} holds {kind}, not floating-point numbers")
+
+
+def check_zip(path: Path) -> None:
+    """Refuse a zip archive, which other libraries will read, that is none or unpacks to far more than it holds.
+
+    Raises:
+        FileFormatError: With the reason.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise FileFormatError(f"{path} is damaged or no archive of tensors ({error})") from None
+    if unpacked > MOST_UNPACKED * path.stat().st_size:
+        raise FileFormatError(f"{path} unpacks to {unpacked / 1e6:.0f} MB, more than {MOST_UNPACKED} times its size: it holds no weights")
+
+
 def require(condition: bool, path: Path, what: str) -> None:
     """Refuse a readable file whose contents do not fit together.
 
@@ -284,6 +343,17 @@ def require(condition: bool, path: Path, what: str) -> None:
     """
     if not condition:
         raise FileFormatError(f"{path} is inconsistent: {what}; make it again")
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse a readable file with a tensor that is not float64, or not finite.
+
+    Raises:
+        FileFormatError: With its name.
+    """
+    for name, tensor in tensors.items():
+        require(tensor.dtype == torch.float64, path, f"{name} is not float64")
+        require(bool(torch.isfinite(tensor).all()), path, f"{name} holds values that are not finite")
 
 
 def require_entries(metadata: Mapping[str, Any], path: Path, **types: type) -> None:

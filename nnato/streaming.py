@@ -16,7 +16,7 @@ from nnato.reduction import TokenClasses, capture, classify, located
 from nnato.remote_moments import RemoteMoments
 from nnato.shards import Shard
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
-from nnato.storage import provenance, read_metadata
+from nnato.storage import Metadata, provenance, read_metadata, require, require_entries
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -76,14 +76,9 @@ def stream(
         classes, cursor = TokenClasses(medians), mine.start
         part = {} if shard is None else {"shard": [shard.number, shard.count]}
         if checkpoints is not None and (found := checkpoints.read()):
-            tensors, metadata = found
-            if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
+            if (found[1].get("request"), found[1].get("shard")) != (dict(request), part.get("shard")):
                 raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
-            cursor = metadata["cursor"]
-            statistic.restore(tensors, metadata)
-            classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
-            classes.excluded.update(metadata["excluded"])
-            classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+            cursor = _restore(checkpoints.file, *found, statistic, classes, mine)
         elif mine.start > 0 and medians is None:
             first = blocks.batch(plan[0])
             classes.medians = classify(capture(model, first.ids, statistic.sites), first.mask, first.special, None)[2]
@@ -125,6 +120,22 @@ def _finished(file: Path) -> bool:
     except FileFormatError:
         return False
     return "cursor" in metadata and metadata["cursor"] == metadata.get("batches")
+
+
+def _restore(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Metadata, statistic: Statistic, classes: TokenClasses, mine: range
+) -> int:
+    """Take over a checkpoint of the same request; the batch to go on with."""
+    require_entries(metadata, file, cursor=int, medians=dict, excluded=dict, sinks=list)
+    require(mine.start <= metadata["cursor"] <= mine.stop, file, "its cursor lies outside of the text")
+    try:
+        classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
+        classes.excluded.update(metadata["excluded"])
+        classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+        statistic.restore(tensors, metadata)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{file} is inconsistent ({type(error).__name__}: {error}); delete it to begin again") from None
+    return int(metadata["cursor"])
 
 
 def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:
