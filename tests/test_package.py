@@ -33,7 +33,7 @@ ROWS = [
     {"fitting", "efficiency", "edits"},
     {"effects", "controls", "scaling", "lens", "features"},
     {"perplexity", "lens_training", "multilayer", "feature_pass"},
-    {"plots", "generation", "report", "fidelity", "similarity", "top_examples", "prompts", "latent_transport"},
+    {"plots", "generation", "report", "fidelity", "similarity", "top_examples", "prompts", "latent_transport", "layer_merging"},
     {"layer_plots", "feature_plots", "published"},
     {"cli"},
 ]
