@@ -1,4 +1,4 @@
-"""Multi-layer SAEs: layer statistics against the dense way, and training against sae_lens on stored activations and the authors' recipe.
+"""Multi-layer SAEs: layer statistics against the dense way and by length of text, training against sae_lens on stored rows and the authors.
 
 CPU times are of one thread; what is compared takes turns, and medians of the ratios of each turn are reported. Prints one JSON object and
 writes benchmarks/results/mlsae.json.
@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,13 +75,19 @@ def one_way(name: str) -> dict[str, float]:
     return {"cpu_s": spent, "memory_mb": resident("VmHWM") - before, "ratio": ratio}
 
 
+def in_a_process(way: str) -> dict[str, Any]:
+    """What a way measures in a process of its own."""
+    command = [sys.executable, __file__, "--way", way]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
 def statistics_of_layers(turns: int) -> dict[str, object]:
     """Both ways in turn."""
     runs: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
     for _ in range(turns):
         for name, found in runs.items():
-            command = [sys.executable, __file__, "--way", name]
-            found.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            found.append(in_a_process(name))
     pairs = list(zip(runs["dense"], runs["sparse"], strict=True))
     return {
         "shape": {"layers": LAYERS, "tokens": TOKENS, "latents": LATENTS, "k": K},
@@ -90,6 +97,41 @@ def statistics_of_layers(turns: int) -> dict[str, object]:
         "memory_ratio": statistics.median(one["memory_mb"] / max(other["memory_mb"], 0.1) for one, other in pairs),
         "same_number": max(abs(one["ratio"] / other["ratio"] - 1) for one, other in pairs),
     }
+
+
+def flat(tokens: int = 1_000_000) -> dict[str, object]:
+    """Resident memory of layer statistics after each tenth of some tokens: encoding, sums and errors as in a real pass.
+
+    Residuals are random and made anew for each batch, so a model's own memory is not in the way.
+    """
+    import gc
+
+    from nnato.dictionaries import Dictionary
+    from nnato.multilayer import LayerStatistic, MultiLayerSAE
+    from nnato.sites import ResidualSite
+    from nnato.statistics import ResidualBatch
+
+    torch.set_num_threads(1)
+    layers, width, latents, k, blocks, positions = 4, 32, 512, 8, 8, 256
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1)
+    zero = torch.zeros(width)
+    dictionary = Dictionary("topk", decoder.T.contiguous(), torch.zeros(latents), decoder, zero, zero, "layer_norm", k=k)
+    sites = tuple(map(ResidualSite, range(layers)))
+    statistic = LayerStatistic(MultiLayerSAE(dictionary, sites), width)
+    ordinary = torch.ones(blocks, positions, dtype=torch.bool)
+    documents = torch.arange(blocks)
+    batches = tokens // (blocks * positions)
+    found = {}
+    for number in range(1, batches + 1):
+        x = torch.randn(layers, blocks, positions, width, generator=generator).cumsum(0)
+        statistic.update(ResidualBatch(x, sites, ordinary, ~ordinary, documents, "test", 5 * (number - 1) // batches))
+        if number % (batches // 10) == 0:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what the allocator only keeps for later does not count
+            found[number * blocks * positions] = resident("VmRSS")
+    shape = {"layers": layers, "d_model": width, "latents": latents, "k": k}
+    return {"shape": shape, "resident_mb": found, "ratio": list(found.values())[-1] / next(iter(found.values()))}
 
 
 def training(name: str, tokens: int, turns: int) -> dict[str, object]:
@@ -113,7 +155,7 @@ def training(name: str, tokens: int, turns: int) -> dict[str, object]:
     while sum(len(part) for part in stored) < tokens * len(sites):
         stored.append(source.fill())
     held = source.fill()[:4096]
-    rows = torch.cat(stored)
+    rows = torch.cat(stored)[: tokens * len(sites) // recipe.rows * recipe.rows]  # as many steps for all
 
     def streamed() -> tuple[float, object]:
         feed, trainer = _Rows(model, blocks, sites, recipe, None, 8), _Training(recipe, info.d_model, sites, device)
@@ -204,23 +246,29 @@ def by_authors(rows: torch.Tensor, held: torch.Tensor, latents: int, k: int, bat
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--way", choices=["dense", "sparse"])
+    parser.add_argument("--way", choices=["dense", "sparse", "flat"], help="only this, in this process, and print it")
+    parser.add_argument("--memory-only", action="store_true", help="measure memory by length of text, and add it to the last result")
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--tokens", type=int, default=4096, help="each is a row at every layer")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(one_way(arguments.way)))
+        print(json.dumps(flat() if arguments.way == "flat" else one_way(arguments.way)))
         return
     from nnato.storage import provenance
 
-    record = {
-        "layer_statistics": statistics_of_layers(5),
-        "training": training(arguments.model, arguments.tokens, arguments.turns),
-        "provenance": provenance(),
-    }
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
+    memory = {"memory": in_a_process("flat")}
+    if arguments.memory_only:
+        record = json.loads((results / "mlsae.json").read_text()) | memory
+    else:
+        record = {
+            "layer_statistics": statistics_of_layers(5),
+            **memory,
+            "training": training(arguments.model, arguments.tokens, arguments.turns),
+            "provenance": provenance(),
+        }
     (results / "mlsae.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 

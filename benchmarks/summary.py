@@ -119,6 +119,17 @@ def remote(record: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"bytes from a server for three times the tokens, {what} excluded tokens", many / few, 1.02, True)
 
 
+def mlsae(record: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/mlsae.py."""
+    layers, training = record["layer_statistics"], record["training"]
+    yield Row("layer statistics: CPU time of the dense way over sums from codes", layers["cpu_ratio"], 5, False)
+    yield Row("layer statistics: memory of the dense way over sums from codes", layers["memory_ratio"], 100, False)
+    yield Row("layer statistics: resident memory after 1M tokens over 100k", record["memory"]["ratio"], 1.02, True)
+    yield Row("training on a stream, less its forward passes: speed over sae_lens on stored rows", training["speed"], 0.9, False)
+    errors = training["fvu_held_out"]
+    yield Row("training: variance left out over that of the authors' recipe", errors["nnato"] / errors["authors"], 1, True)
+
+
 SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "accumulation": accumulation,
     "memory": memory,
@@ -127,6 +138,7 @@ SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "solvers-short": solvers,
     "features": features,
     "remote": remote,
+    "mlsae": mlsae,
     "ablation": ablation,
     "ablation-smollm2": ablation,
 }

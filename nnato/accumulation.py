@@ -321,6 +321,15 @@ def check_finished(file: Path, metadata: Metadata) -> None:
         MomentsError: The run has not ended.
     """
     require_entries(metadata, file, d_model=int, cursor=int, batches=int, pairs=list, sinks=list, **dict.fromkeys(_RECORDS, dict))
+    check_ended(file, metadata)
+
+
+def check_ended(file: Path, metadata: Metadata) -> None:
+    """Refuse what a run that has not come to its end left.
+
+    Raises:
+        MomentsError: The run has not ended.
+    """
     if metadata["cursor"] != metadata["batches"]:
         raise MomentsError(
             f"{file} is not finished: {metadata['cursor']} of {metadata['batches']} batches; the command that began it resumes it"

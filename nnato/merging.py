@@ -46,17 +46,15 @@ def merge_shards(folders: Iterable[str | Path], out: str | Path, run: Run | None
         FileFormatError: A file is missing or damaged.
         OutputError: `out` cannot be written, or another process is writing it.
     """
-    shards = _read_shards(folders)
-    folder = prepare_folder(Path(out).expanduser())
-    if folder.resolve() in [shard.resolve() for shard, _ in shards]:
-        raise MomentsError(f"{folder} holds one of the shards: choose another --out")
+    shards = read_shards(folders, FILE, KIND, check_finished)
+    folder = destination(shards, out)
     with exclusive(folder / FILE):
         return _put_together(shards, folder, run, progress)
 
 
 def merge_locked(folders: Iterable[Path], folder: Path, run: Run, progress: Progress | None) -> Accumulated:
     """As `merge_shards`, by a process that holds the lock of the result already."""
-    return _put_together(_read_shards(folders), folder, run, progress)
+    return _put_together(read_shards(folders, FILE, KIND, check_finished), folder, run, progress)
 
 
 def merge_part(job: Job) -> int:
@@ -74,10 +72,7 @@ def merge_part(job: Job) -> int:
 
 def _put_together(shards: Sequence[tuple[Path, Metadata]], folder: Path, run: Run | None, progress: Progress | None) -> Accumulated:
     file = folder / FILE
-    if file.exists():
-        there = read_metadata(file, KIND)
-        if there.get("request") != shards[0][1]["request"] or "shard" in there:
-            raise MomentsError(f"{file} holds moments of another model, text or request; choose another --out, or delete it")
+    if is_merged(file, KIND, shards):
         return load_moments(file)
     opened = [_opened(*shard) for shard in shards]
     files = {(shard, key): shard / f"{key}.safetensors" for shard, metadata in shards for key in metadata["files"]}
@@ -94,7 +89,7 @@ def _put_together(shards: Sequence[tuple[Path, Metadata]], folder: Path, run: Ru
     shuffled = _added_up(opened, "shuffled") if "shuffled" in parts else None
     tensors = {} if shuffled is None else {"shuffled.mean": shuffled.mean, "shuffled.scatter": shuffled.scatter}
     inside = {} if shuffled is None else {"shuffled": shuffled.n}
-    write_artifact(file, KIND, tensors, _joined([metadata for _, metadata in shards]) | {"rows": inside, "files": rows})
+    write_artifact(file, KIND, tensors, joined([metadata for _, metadata in shards]) | {"rows": inside, "files": rows})
     return load_moments(file)
 
 
@@ -127,26 +122,39 @@ def _added_up(shards: Sequence[TransportMoments], part: str) -> Moments:
 # ---- do they belong together? ------------------------------------------------------------------------------------------
 
 
-def _read_shards(folders: Iterable[str | Path]) -> list[tuple[Path, Metadata]]:
-    """Folder and metadata of every shard of one run, in their order."""
+def read_shards(
+    folders: Iterable[str | Path], name: str, kind: str, check: Callable[[Path, Metadata], None]
+) -> list[tuple[Path, Metadata]]:
+    """Folder and metadata of every shard of one run, in their order.
+
+    Args:
+        folders: Every shard once, in any order.
+        name: The file in each of them.
+        kind: What it holds.
+        check: Refuses metadata that lack something, or of a run that has not ended.
+
+    Raises:
+        MomentsError: A shard is missing, there twice, not finished, or of another run.
+        FileFormatError: A file is missing or damaged.
+    """
     found: dict[Shard, tuple[Path, Metadata]] = {}
     for given in folders:
         folder = Path(given).expanduser()
-        file = folder / FILE
-        metadata = read_metadata(file, KIND)
-        check_finished(file, metadata)
+        file = folder / name
+        metadata = read_metadata(file, kind)
+        check(file, metadata)
         shard = _shard_of(file, metadata)
         if shard in found:
             raise MomentsError(f"shard {shard} is there twice, in {found[shard][0]} and {folder}: give each once")
         found[shard] = folder, metadata
     if not found:
-        raise MomentsError("no shards to merge: give the folders that nnato accumulate --shard wrote")
+        raise MomentsError("no shards to merge: give the folders that --shard wrote")
     (first, (one, wanted)), *others = found.items()
     for shard, (folder, metadata) in others:
-        for name in ("request", "model", "text"):
-            if metadata[name] != wanted[name]:
+        for part in ("request", "model", "text"):
+            if metadata[part] != wanted[part]:
                 raise MomentsError(
-                    f"{folder} is a shard of another run than {one}: the {name} differs ({_difference(metadata, wanted, name)})"
+                    f"{folder} is a shard of another run than {one}: the {part} differs ({_difference(metadata, wanted, part)})"
                 )
         if shard.count != first.count:
             raise MomentsError(f"{folder} is shard {shard}, {one} is shard {first}: they share out a text differently")
@@ -156,12 +164,39 @@ def _read_shards(folders: Iterable[str | Path]) -> list[tuple[Path, Metadata]]:
     return [found[Shard(number, first.count)] for number in range(1, first.count + 1)]
 
 
+def destination(shards: Sequence[tuple[Path, Metadata]], out: str | Path) -> Path:
+    """The folder for what is merged.
+
+    Raises:
+        MomentsError: It holds one of the shards.
+        OutputError: It cannot be written.
+    """
+    folder = prepare_folder(Path(out).expanduser())
+    if folder.resolve() in [shard.resolve() for shard, _ in shards]:
+        raise MomentsError(f"{folder} holds one of the shards: choose another --out")
+    return folder
+
+
+def is_merged(file: Path, kind: str, shards: Sequence[tuple[Path, Metadata]]) -> bool:
+    """Whether a file holds the shards put together already.
+
+    Raises:
+        MomentsError: It holds something else.
+    """
+    if not file.exists():
+        return False
+    there = read_metadata(file, kind)
+    if there.get("request") != shards[0][1]["request"] or "shard" in there:
+        raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
+    return True
+
+
 def _shard_of(file: Path, metadata: Metadata) -> Shard:
     if "shard" not in metadata:
         raise MomentsError(f"{file} holds a whole text, not a shard of one")
     label = metadata["shard"]
     require(isinstance(label, list) and len(label) == 2 and all(type(part) is int for part in label), file, "shard is not two numbers")
-    require(not metadata["rows"], file, "its sums are not in files of their own; the command that began it puts them there")
+    require(not metadata.get("rows"), file, "its sums are not in files of their own; the command that began it puts them there")
     return Shard(*label)
 
 
@@ -179,8 +214,8 @@ def _check_medians(folder: Path, mine: Mapping[str, float], one: Path, wanted: M
         )
 
 
-def _joined(shards: Sequence[Metadata]) -> Metadata:
-    """Metadata of the whole run."""
+def joined(shards: Sequence[Metadata]) -> Metadata:
+    """Metadata of the whole run, from those of all shards in their order."""
     excluded: Counter[str] = Counter()
     counts: Counter[int] = Counter()
     texts: dict[int, str] = {}

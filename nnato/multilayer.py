@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnato.accumulation import tokenize
+from nnato.accumulation import check_ended, tokenize
 from nnato.corpus import SPLITS, Corpus, TokenBlocks
 from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, SiteError
@@ -20,9 +20,10 @@ from nnato.lens import FILE as LENS_FILE
 from nnato.lens import Lens
 from nnato.models import ModelInfo, describe
 from nnato.reduction import SINK_RATIO
+from nnato.shards import Shard
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress, ResidualBatch
-from nnato.storage import SCHEMA, prepare_folder, read_artifact, require, require_entries
+from nnato.storage import SCHEMA, Metadata, prepare_folder, read_artifact, require, require_entries
 from nnato.streaming import stream
 
 if TYPE_CHECKING:
@@ -250,9 +251,7 @@ class LayerStatistic:
 
     def state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """Tensors and JSON of all sums."""
-        tensors = {f"{fold}.{name}": tensor for fold, stats in self.folds.items() for name, tensor in stats.tensors().items()}
-        tensors |= {f"{fold}.errors.{name}": tensor for fold, sums in self.errors.items() for name, tensor in sums.tensors().items()}
-        counts = {str(fold): stats.tokens for fold, stats in self.folds.items()}
+        tensors, counts = sums_to_store(self.folds, self.errors)
         return tensors, {"sae": self.sae.fingerprint(), "d_model": self.d_model, "tokens": counts}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
@@ -261,20 +260,39 @@ class LayerStatistic:
         Raises:
             MomentsError: It does not fit.
         """
-        fresh = LayerStatistic(self.sae, self.d_model)
         if metadata.get("sae", {}).get("dictionary", {}).get("digest") != self.sae.dictionary.fingerprint()["digest"]:
             raise MomentsError("the stored layer statistics are of another SAE")
-        for key, count in metadata["tokens"].items():
-            stats, errors = fresh._fold(int(key))
-            stats.take(count, {name: tensors[f"{key}.{name}"] for name in stats.tensors() if f"{key}.{name}" in tensors})
-            for name, mine in errors.tensors().items():
-                stored = tensors.get(f"{key}.errors.{name}")
-                fits = stored is not None and stored.shape == mine.shape and stored.dtype == mine.dtype
-                if stored is None or not fits or not bool(torch.isfinite(stored).all()):
-                    raise MomentsError(f"the stored layer statistics lack {key}.errors.{name}, or it has another shape, or is not finite")
-                mine.copy_(stored)
-            errors.n = count
-        self.folds, self.errors = fresh.folds, fresh.errors
+        self.folds, self.errors = stored_sums(tensors, metadata, self.sites, self.sae.latents)
+
+
+def stored_sums(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], sites: Sequence[ResidualSite], latents: int
+) -> tuple[dict[int, LayerStats], dict[int, Reconstruction]]:
+    """Layer statistics and reconstruction by fold, from what `LayerStatistic.state` gave.
+
+    Raises:
+        MomentsError: They are not of so many layers and latents.
+    """
+    folds, reconstruction = {}, {}
+    for key, count in metadata["tokens"].items():
+        stats, errors = LayerStats(sites, latents), Reconstruction(len(sites), metadata["d_model"])
+        stats.take(count, {name: tensors[f"{key}.{name}"] for name in stats.tensors() if f"{key}.{name}" in tensors})
+        for name, mine in errors.tensors().items():
+            stored = tensors.get(f"{key}.errors.{name}")
+            fits = stored is not None and stored.shape == mine.shape and stored.dtype == mine.dtype
+            if stored is None or not fits or not bool(torch.isfinite(stored).all()):
+                raise MomentsError(f"the stored layer statistics lack {key}.errors.{name}, or it has another shape, or is not finite")
+            mine.copy_(stored)
+        errors.n = count
+        folds[int(key)], reconstruction[int(key)] = stats, errors
+    return folds, reconstruction
+
+
+def sums_to_store(folds: Mapping[int, LayerStats], errors: Mapping[int, Reconstruction]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Tensors and numbers of tokens from which `stored_sums` makes the same sums."""
+    tensors = {f"{fold}.{name}": tensor for fold, stats in folds.items() for name, tensor in stats.tensors().items()}
+    tensors |= {f"{fold}.errors.{name}": tensor for fold, sums in errors.items() for name, tensor in sums.tensors().items()}
+    return tensors, {str(fold): stats.tokens for fold, stats in folds.items()}
 
 
 @dataclass(frozen=True)
@@ -343,6 +361,7 @@ def layer_activity(
     split: str = "test",
     out: str | Path | None = None,
     batch_size: int = 8,
+    shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> LayerActivity:
     """Stream documents through a model once and add up what a multi-layer SAE makes of each layer; memory does not grow with the text.
@@ -354,17 +373,20 @@ def layer_activity(
         split: Which documents are read.
         out: A folder for checkpoints and the result; the same call resumes.
         batch_size: Token blocks per forward pass; also what the published numbers take for a batch.
+        shard: Read this part of the text only; `layer_merging.merge_layer_shards` puts all of them together.
         progress: Told of tokens read and batches done.
 
     Raises:
         DictionaryError: The SAE is of another model.
         TextError: The text cannot be read or is too short.
-        MomentsError: `out` holds statistics of another request.
+        MomentsError: `out` holds statistics of another request, or a shard has no `out`.
         ActivationError: A residual is not finite.
         OutputError: `out` cannot be written.
     """
     info = describe(model)
     sae.check_fits(info)
+    if shard is not None and out is None:
+        raise MomentsError("a shard needs a folder to keep it in (out)")
     file = None if out is None else prepare_folder(Path(out).expanduser()) / FILE
     blocks = tokenize(model, corpus or Corpus(tokens=TOKENS), progress).only(split)
     device = next(model._module.parameters()).device
@@ -378,7 +400,7 @@ def layer_activity(
         "sink_ratio": SINK_RATIO,
     }
     about = {"model": info.fingerprint(), "text": blocks.fingerprint, "split": split}
-    stream(model, blocks, statistic, request, about, file=file, kind=KIND, batch_size=batch_size, progress=progress)
+    stream(model, blocks, statistic, request, about, file=file, kind=KIND, batch_size=batch_size, shard=shard, progress=progress)
     return _activity(statistic, {**about, "sae": sae.fingerprint()})
 
 
@@ -387,22 +409,35 @@ def load_layer_activity(path: str | Path, sae: MultiLayerSAE) -> LayerActivity:
 
     Raises:
         FileFormatError: No such file, or not a readable one of this kind.
-        MomentsError: It is of another SAE.
+        MomentsError: It is of another SAE, not finished, or one shard only.
     """
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
-    require_entries(metadata, file, d_model=int, sae=dict, tokens=dict, model=dict, text=dict, split=str)
-    require(
-        metadata["d_model"] == sae.dictionary.d_model and len(metadata["tokens"]) > 0, file, "it is of another width, or holds no tokens"
-    )
-    require(metadata["split"] in SPLITS, file, f"split {metadata['split']!r} is none of {', '.join(SPLITS)}")
+    check_layer_file(file, metadata)
+    require(metadata["d_model"] == sae.dictionary.d_model, file, "it is of another width")
+    if "shard" in metadata:
+        raise MomentsError(f"{file} holds one shard of a text only: nnato merge puts all its shards together")
     try:
         statistic = LayerStatistic(sae, metadata["d_model"])
         statistic.restore(tensors, metadata)
         return _activity(statistic, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, SiteError, DictionaryError) as error:
         raise FileFormatError(f"{file} is inconsistent ({type(error).__name__}: {error}); make it again") from None
+
+
+def check_layer_file(file: Path, metadata: Metadata) -> None:
+    """Refuse the metadata of layer statistics that lack something, or of a run that has not come to its end.
+
+    Raises:
+        FileFormatError: Something is missing or makes no sense.
+        MomentsError: The run has not ended.
+    """
+    records = ("request", "model", "text", "sae", "tokens", "medians", "excluded")
+    require_entries(metadata, file, d_model=int, cursor=int, batches=int, split=str, sinks=list, **dict.fromkeys(records, dict))
+    require(metadata["split"] in SPLITS, file, f"split {metadata['split']!r} is none of {', '.join(SPLITS)}")
+    require(len(metadata["tokens"]) > 0, file, "it holds no tokens")
+    check_ended(file, metadata)
 
 
 def _activity(statistic: LayerStatistic, metadata: Mapping[str, Any]) -> LayerActivity:

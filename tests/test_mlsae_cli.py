@@ -71,6 +71,27 @@ def test_layers(trained, tmp_path):
     assert "published" not in shown
 
 
+def test_layers_by_shards(trained, tmp_path):
+    folder, words = trained
+    whole = results("mlsae", "layers", folder, *words, "--as-published", "--batch-size", "2")
+    for number in (1, 2):
+        shown = invoke("mlsae", "layers", folder, *words, "--batch-size", "2", "--shard", f"{number}/2", "--out", tmp_path / f"{number}")
+        assert f"shard {number}/2: " in shown.stdout
+    assert "1 of 2 shards are missing" in invoke("merge", tmp_path / "1", "--out", tmp_path / "all", code=2).output
+    record = results("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "all")
+    assert record["tokens"] == whole["tokens"]
+    merged = results("mlsae", "layers", folder, *words, "--as-published", "--batch-size", "2", "--out", tmp_path / "all")
+    assert merged["variance"]["activation"]["ratio"]["value"] == pytest.approx(whole["variance"]["activation"]["ratio"]["value"], rel=1e-12)
+    assert merged["variance"]["published"]["ratio"]["value"] == pytest.approx(whole["variance"]["published"]["ratio"]["value"], rel=1e-12)
+    assert "layer statistics of" in invoke("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "all").stdout
+    for wrong, message in [
+        (["--shard", "1/2"], "a shard needs a folder"),
+        (["--shard", "3/2", "--out", tmp_path / "x"], "shard 3/2: give for example"),
+        (["--shard", "1/2", "--out", tmp_path / "x", "--costs", "2"], "--costs belongs to the whole text"),
+    ]:
+        assert message in invoke("mlsae", "layers", folder, *words, *wrong, code=2).output
+
+
 def test_similarity_examples_and_prompt(trained, tmp_path):
     folder, words = trained
     record = results("mlsae", "similarity", folder, *words, "--latents", "3,5")

@@ -13,13 +13,16 @@ from safetensors.torch import save_file
 
 from nnato.dictionaries import Dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, OperatorError, SiteError
+from nnato.layer_merging import merge_layer_shards
 from nnato.layer_stats import LayerStats, layer_variance
 from nnato.lens import Lens, logit_lens
 from nnato.models import describe
 from nnato.multilayer import MultiLayerSAE, Reconstruction, layer_activity, load_layer_activity, load_multilayer
 from nnato.operators import TransportOperator
 from nnato.sae_training import standardise
+from nnato.shards import Shard
 from nnato.sites import ResidualSite
+from nnato.storage import read_artifact, write_artifact
 
 LATENTS, K = 64, 4
 
@@ -173,6 +176,78 @@ def test_the_result_is_kept_and_read_again(model, corpus, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(FileFormatError, match="damaged"):
         load_layer_activity(tmp_path, sae)
+
+
+@pytest.fixture
+def shards(model, corpus, tmp_path):
+    """Runs some shards; the folder of each."""
+
+    def run(count, numbers=None, sae=None, **how):
+        folders = [tmp_path / f"{number}-of-{count}" for number in numbers or range(1, count + 1)]
+        for folder in folders:
+            shard = Shard.parse(folder.name.replace("-of-", "/"))
+            layer_activity(model, sae or random_sae(), corpus, out=folder, shard=shard, **({"batch_size": 2} | how))
+        return folders
+
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_merged_shards_equal_one_run(model, corpus, tmp_path, shards, count):
+    sae = random_sae()
+    whole = layer_activity(model, sae, corpus, out=tmp_path / "whole", batch_size=2)
+    file = merge_layer_shards(shards(count)[::-1], tmp_path / "all")
+    merged = load_layer_activity(tmp_path / "all", sae)
+    assert (merged.model, merged.text, merged.sae, merged.split) == (whole.model, whole.text, whole.sae, whole.split)
+    assert [fold.tokens for fold in merged.folds] == [fold.tokens for fold in whole.folds]
+    for parts in zip(merged.folds + merged.reconstruction, whole.folds + whole.reconstruction, strict=True):
+        for one, other in zip(*(part.tensors().values() for part in parts), strict=True):
+            assert float((one - other).abs().max()) <= 1e-12 * float(other.abs().max())
+    before = file.read_bytes()
+    assert merge_layer_shards(shards(count), tmp_path / "all").read_bytes() == before  # it is there already
+    stages = []
+    again = layer_activity(model, sae, corpus, out=tmp_path / "all", batch_size=2, progress=lambda *stage: stages.append(stage))
+    assert torch.equal(again.stats.total, merged.stats.total)
+    assert [stage for stage in stages if stage[0] == "forward passes"] == [("forward passes", stages[-1][1], stages[-1][1])]
+
+
+def test_shards_that_are_no_whole_are_refused(model, corpus, tmp_path, shards):
+    one, two, three = shards(3)
+    out = tmp_path / "all"
+    for folders, message in [
+        ([one, three], "1 of 3 shards are missing: 2/3"),
+        ([one, two, two, three], "shard 2/3 is there twice"),
+        ([one, *shards(2, [1])], "they share out a text differently"),
+        ([], "no shards to merge"),
+    ]:
+        with pytest.raises(MomentsError, match=message):
+            merge_layer_shards(folders, out)
+    with pytest.raises(MomentsError, match="holds one of the shards: choose another --out"):
+        merge_layer_shards([one, two, three], one)
+    with pytest.raises(MomentsError, match="holds one shard of a text only"):
+        load_layer_activity(one, random_sae())
+    with pytest.raises(MomentsError, match=r"a shard needs a folder to keep it in \(out\)"):
+        layer_activity(model, random_sae(), corpus, shard=Shard(1, 2))
+    layer_activity(model, random_sae(seed=1), corpus, out=tmp_path / "other", shard=Shard(2, 3), batch_size=2)
+    with pytest.raises(MomentsError, match=r"is a shard of another run than .*: the request differs \(sae: "):
+        merge_layer_shards([one, tmp_path / "other", three], out)
+    layer_activity(model, random_sae(), corpus, out=tmp_path / "whole", batch_size=2)
+    with pytest.raises(MomentsError, match="holds a whole text, not a shard of one"):
+        merge_layer_shards([one, tmp_path / "whole"], out)
+    file = two / "layers.safetensors"
+    tensors, metadata = read_artifact(file, "layer-stats")
+    fold = next(iter(metadata["tokens"]))
+    lacking = {name: tensor for name, tensor in tensors.items() if name != f"{fold}.total"}
+    for stored, change, error, message in [
+        (tensors, {"cursor": metadata["cursor"] - 1}, MomentsError, "is not finished"),
+        (tensors, {"tokens": 3}, FileFormatError, "tokens is not a dict"),
+        (tensors, {"sae": {"sites": ["x"]}}, FileFormatError, "is inconsistent"),
+        (lacking, {}, MomentsError, "the stored layer statistics lack total"),
+    ]:
+        write_artifact(file, "layer-stats", stored, metadata | change)
+        with pytest.raises(error, match=message):
+            merge_layer_shards([one, two, three], out)
+    assert not (out / "layers.safetensors").exists()
 
 
 def test_the_lens_is_used(model, corpus):

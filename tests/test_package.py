@@ -46,6 +46,7 @@ ROWS = [
         "latent_transport",
         "feature_selection",
         "feature_controls",
+        "layer_merging",
     },
     {"layer_plots", "feature_plots", "feature_page", "published"},
     {"cli"},

@@ -133,10 +133,11 @@ def _import(reference: str, name: str | None, layers: str | None, out: Path, as_
 @sae_options
 @common.batch_option
 @click.option("--as-published", is_flag=True, help="Show the authors' numbers, which are no variances, beside the exact ones.")
+@click.option("--shard", metavar="I/N", help="Read only part I of N equal parts of the text, into --out; nnato merge puts them together.")
 @click.option("--costs", type=int, default=0, help="Replace each layer by its reconstruction in so many sequences.  [default: none]")
 @out_option
 @common.json_option
-def _layers(as_json: bool, batch_size: int, as_published: bool, costs: int, out: Path | None, **options: Any) -> None:
+def _layers(as_json: bool, batch_size: int, as_published: bool, shard: str | None, costs: int, out: Path | None, **options: Any) -> None:
     """At which layers the latents of SAE are active, how well each layer is reconstructed, and the variance of the layer.
 
     SAE is a folder of nnato mlsae train or import, or any other SAE. Memory does not grow with the text. With --out, a killed run resumes.
@@ -145,12 +146,19 @@ def _layers(as_json: bool, batch_size: int, as_published: bool, costs: int, out:
     Examples:
       nnato mlsae layers mlsae/ --out layers/
       nnato mlsae layers mlsae/ --as-published --costs 8
+      nnato mlsae layers mlsae/ --shard 1/8 --out shards/1    # then 2/8 …, and nnato merge
     """
+    from nnato.errors import MomentsError
     from nnato.fidelity import backward_maps, fidelity
     from nnato.layer_stats import layer_distributions, layer_variance_intervals
     from nnato.multilayer import layer_activity
 
     folder = common.output_folder(out)
+    if shard is not None:
+        if costs:
+            raise MomentsError("--costs belongs to the whole text: give it once the shards are merged")
+        _layers_of_a_shard(shard, folder, batch_size, as_json, options)
+        return
     with common.progress_bar() as progress:
         opened = _Opened(options, progress)
         blocks = opened.blocks()
@@ -192,6 +200,22 @@ def _layers(as_json: bool, batch_size: int, as_published: bool, costs: int, out:
     _show_layers(record, metrics, list(found), variance)
     if folder is not None:
         common.say(f"layers.csv, layers.json, layers.png and reconstruction.png in {out}")
+
+
+def _layers_of_a_shard(label: str, folder: Path | None, batch_size: int, as_json: bool, options: dict[str, Any]) -> None:
+    """Add up one part of the text; what follows from the sums is for all parts together."""
+    from nnato.multilayer import FILE, layer_activity
+    from nnato.shards import Shard
+
+    shard = Shard.parse(label)
+    with common.progress_bar() as progress:
+        opened = _Opened(options, progress)
+        blocks = opened.blocks()
+        activity = layer_activity(opened.model, opened.sae, blocks, out=folder, batch_size=batch_size, shard=shard, progress=progress)
+    if as_json:
+        opened.print_json(blocks, {"path": str((folder or Path()) / FILE), "tokens": activity.stats.tokens, "shard": str(shard)})
+        return
+    common.say(f"shard {shard}: {activity.stats.tokens:,} tokens in {folder}. Next: nnato merge, with all shards")
 
 
 def _show_layers(record: dict[str, Any], metrics: list[dict[str, Any]], costs: list[Any], variance: dict[str, Any]) -> None:
