@@ -35,24 +35,25 @@ for result in results:
     print(f"{result.pair[0]} → {result.pair[1]}: {dict(result.verdicts.counts())}")
 
 # %%
-# The distribution over features by leap, and the mean for every source and target: what Fig. 2 and Fig. 3 of the paper show, here of all
-# tokens rather than of those where a feature is active.
-from matplotlib import pyplot as plt
-
+# The distribution over features by leap, which is what Fig. 2 of the paper shows, here of all tokens rather than of those where a feature
+# is active:
 from nnato.feature_plots import mean_grid, r2_distributions, trajectories
 
 about = "gemma-3-270m, 8,000 tokens"
-paths = [
-    r2_distributions(results, Path("features_by_leap.png"), about),
-    mean_grid(results, Path("features_mean.png"), about),
-    trajectories([one for one in results if one.pair[1] == 9], Path("features_trajectories.png"), about),
-]
-for path in paths:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.imshow(plt.imread(path))
-    axes.axis("off")
-    path.unlink()
-plt.show()
+r2_distributions(results, Path("features_by_leap.png"), about)
 
 # %%
-# **What this shows.** TODO
+# The mean over features for every source and target, as in Fig. 3. The dictionary is the same for both targets, so rows can be compared:
+mean_grid(results, Path("features_mean.png"), about)
+
+# %%
+# And single features at block 9 over the leaps:
+trajectories([one for one in results if one.pair[1] == 9], Path("features_trajectories.png"), about)
+
+# %%
+# **What this shows.** R² falls with the leap, and hardly with depth: three blocks carry about nine tenths of most features into either
+# target, and from block 0 most features keep less than half. Red bars warn against reading more into it: random directions of the same
+# space do nearly as well, so the leap says more than the feature does. What sets features apart is the spread: from block 0 some are
+# carried at 0.7, others at 0.2, and the verdicts leave nearly all of those open, since some 5,000 training tokens do not tell. None is
+# called synthesised. This dictionary was trained on 12,000 tokens and leaves a quarter of the variance of block 6 and more of block 9
+# out; :doc:`/features` has one that leaves 11 %.
