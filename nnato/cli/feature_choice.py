@@ -108,10 +108,15 @@ def _share(text: str) -> float:
 
 
 def _show(found: Selection, file: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     about = found.about
-    table = Table(title=f"The best {min(10, len(found.features))} of {len(found.features)} features ({about['preset']} score)")
+    table = Table(
+        title=f"The best {min(10, len(found.features))} of {len(found.features)} features ({about['preset']} score)",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     names = ("score", *found.terms)
     for name in ("feature", *names):
         table.add_column(name, justify="right")
@@ -183,11 +188,12 @@ def controls(
 
 def show_bias(results: list[tuple[FeatureResult, FeatureResult]]) -> None:
     """Table of selected features beside controls."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from nnato.feature_controls import selection_bias
 
-    table = Table(title="mean R² of selected features and of controls")
+    table = Table(title="mean R² of selected features and of controls", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("pair", "selected", "same rates", "random dir.", "selected - same rates"):
         table.add_column(name, justify="right")
     for selected, matched in results:

@@ -72,12 +72,15 @@ def show(
 
 
 def _show(found: Feature) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     from nnato.feature_page import shown
 
-    table = Table(title=f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens")
+    table = Table(
+        title=f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for name in ("from", "R²", "ceiling", "+shift", "verdict", "active R²", "F. R²", "AUC"):
         table.add_column(name, justify="right")
     for row in found.rows:
