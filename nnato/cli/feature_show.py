@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nnato.cli import common
+from nnato.cli.tables import _table
 
 if TYPE_CHECKING:
     from nnato.feature_page import Feature
@@ -72,17 +73,12 @@ def show(
 
 
 def _show(found: Feature) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     from nnato.feature_page import shown
 
-    table = Table(
-        title=f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in ("from", "R²", "ceiling", "+shift", "verdict", "active R²", "F. R²", "AUC"):
-        table.add_column(name, justify="right")
+    title = f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens"
+    table = _table(title, ("from", "R²", "ceil.", "+shift", "verdict", "active R²", "F. R²", "AUC"))
     for row in found.rows:
         active = row["active"]
         scores = ("–",) * 3 if active is None else (shown(active["r2"]["value"]), shown(active["latent_r2"]), shown(active["auc"]))
