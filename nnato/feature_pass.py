@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -325,9 +326,9 @@ def feature_pass(
         "text": blocks.fingerprint["digest"],
         "split": split,
         "dictionary": dictionary.fingerprint()["digest"],
-        "operators": [[operator.source.key, operator.target.key, operator.name] for operator in operators],
-        "latents": latents.tolist(),
+        "operators": [[operator.source.key, operator.target.key, operator.name, _digest(operator)] for operator in operators],
         "paper": paper,
+        "latents": latents.tolist(),
         "sample": sample,
         "batch_size": batch_size,
     }
@@ -345,6 +346,14 @@ def feature_pass(
         progress=progress,
     )
     return statistic.result()
+
+
+def _digest(operator: TransportOperator) -> str:
+    """A fingerprint of an operator's numbers: sums of another fit of the same pair are not taken up."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (operator.weight, operator.source_mean, operator.target_mean):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _places(mask: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ def mean_grid(
     return _save(figure, path)
 
 
-def trajectories(results: Sequence[FeatureResult], path: Path, about: str, most: int = 200) -> Path:
+def trajectories(results: Sequence[FeatureResult], path: Path, about: str, most: int = 60) -> Path:
     """R² of single features over leaps into one target, with the median and the middle half of all of them.
 
     Args:

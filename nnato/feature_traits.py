@@ -149,26 +149,30 @@ class PublishedTraits:
         """Add a batch; refused whole if any real token's residual is not finite, or nobody knows the tokens."""
         batch.check_finite()
         real, ids = (batch.ordinary | batch.excluded).cpu(), _ids(batch)
-        for number in range(len(real)):
+        keys = [
             self._add(batch.residuals[0][number][real[number].to(batch.residuals.device)], ids[number][real[number]])
+            for number in range(len(real))
+        ]
+        new, counts = np.unique(np.concatenate(keys), return_counts=True)
+        self._keys, where = np.unique(np.concatenate([self._keys, new]), return_inverse=True)
+        weights = np.concatenate([self._counts, counts])
+        self._counts = np.bincount(where.reshape(-1), weights, minlength=len(self._keys)).astype(np.int64)
 
-    def _add(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
-        """One sequence."""
+    def _add(self, rows: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+        """One sequence; which latents met which tokens, as int64 (n,) keys."""
         z = self.dictionary.pre_activations(rows).relu().cpu()
         self._fired += (z > 0).sum(0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._sequences)
         drawn = torch.randint(0, len(z), (min(SAMPLED_POSITIONS, len(z)),), generator=generator)
         some = z[drawn]
-        places = some.topk(min(LARGEST, len(some)), dim=0).indices
-        latents = torch.arange(some.shape[1]).expand_as(places)
-        keys = (latents << 32 | ids[drawn][places]).flatten().numpy()
-        self._keys, where = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
-        weights = np.concatenate([self._counts, np.ones(len(keys), dtype=np.int64)])
-        self._counts = np.bincount(where.reshape(-1), weights, minlength=len(self._keys)).astype(np.int64)
+        places = some.T.contiguous().topk(min(LARGEST, len(some)), dim=1).indices
+        latents = torch.arange(some.shape[1])[:, None]
+        keys: np.ndarray = (latents << 32 | ids[drawn][places]).flatten().numpy()
         scaled = some / (some.std(dim=0, keepdim=True) + 1e-6)
         self._products += (scaled[:, self._chosen].T @ scaled).double() / len(some)
         self._tokens += len(z)
         self._sequences += 1
+        return keys
 
     def state(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """All sums."""

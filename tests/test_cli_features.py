@@ -97,6 +97,8 @@ def test_select_then_evaluate_beside_controls(folder, saved_model, text, monkeyp
         assert pair["matched"]["verdicts"] == dict(direct_control.verdicts.counts())
         mine = [float(row["r2"]) for row in rows[8 * place : 8 * place + 8]]
         assert pair["selection"]["selected"]["mean"]["value"] == pytest.approx(sum(mine) / 8)
+        assert pair["active"]["missing"] == direct.summary(place)["missing"]
+        assert pair["active"]["auc"]["known"] + sum(pair["active"]["missing"].values()) == 8
         for name, values in paper_metrics(direct, place).items():
             assert [float(row[name]) for row in rows[8 * place : 8 * place + 8]] == pytest.approx(values.tolist(), nan_ok=True)
             known = values[direct.reasons() == 0]

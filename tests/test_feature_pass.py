@@ -246,6 +246,10 @@ def test_a_pass_resumes_from_its_file(model, ready, tmp_path):
     assert again.scores[0].latent.b.equal(whole.scores[0].latent.b)
     with pytest.raises(MomentsError, match="another model, text or request"):
         feature_pass(model, blocks, dictionary, maps, [1, 2], file=file, batch_size=2)
+    refitted = [maps[0], dataclasses.replace(maps[1], weight=maps[1].weight * 0.9)]
+    for other in ({"paper": True}, {"operators": refitted}):
+        with pytest.raises(MomentsError, match="another model, text or request"):
+            feature_pass(model, blocks, dictionary, **{"operators": maps, "file": file, "batch_size": 2, **other})
 
 
 def test_what_does_not_belong_is_refused(model, ready):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nnato.cli import common
+from nnato.cli.tables import _table
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +108,10 @@ def _share(text: str) -> float:
 
 
 def _show(found: Selection, file: Path) -> None:
-    from rich.table import Table
-
     about = found.about
-    table = Table(title=f"The best {min(10, len(found.features))} of {len(found.features)} features ({about['preset']} score)")
     names = ("score", *found.terms)
-    for name in ("feature", *names):
-        table.add_column(name, justify="right")
+    title = f"The best {min(10, len(found.features))} of {len(found.features)} features ({about['preset']} score)"
+    table = _table(title, ("feature", *names))
     for feature in found.features[:10].tolist():
         row = found.row(feature)
         table.add_row(str(feature), *(f"{row[name]:.3g}" for name in names))
@@ -182,13 +180,10 @@ def controls(
 
 def show_bias(results: list[tuple[FeatureResult, FeatureResult]]) -> None:
     """Table of selected features beside controls."""
-    from rich.table import Table
-
     from nnato.feature_controls import selection_bias
 
-    table = Table(title="mean R² of selected features and of controls")
-    for name in ("pair", "selected", "same rates", "random dir.", "selected - same rates"):
-        table.add_column(name, justify="right")
+    columns = ("pair", "selected", "same rates", "random dir.", "selected - same rates")
+    table = _table("mean R² of selected features and of controls", columns)
     for selected, matched in results:
         bias = selection_bias(selected, matched)
         difference = bias["difference"]["mean"]

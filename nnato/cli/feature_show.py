@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nnato.cli import common
+from nnato.cli.tables import _table
 
 if TYPE_CHECKING:
     from nnato.feature_page import Feature
@@ -71,14 +72,12 @@ def show(
 
 
 def _show(found: Feature) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from nnato.feature_page import shown
 
-    table = Table(title=f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens")
-    for name in ("from", "R²", "ceiling", "+shift", "verdict", "active R²", "F. R²", "AUC"):
-        table.add_column(name, justify="right")
+    title = f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens"
+    table = _table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act. R²", "F. R²", "AUC"))
     for row in found.rows:
         active = row["active"]
         scores = ("–",) * 3 if active is None else (shown(active["r2"]["value"]), shown(active["latent_r2"]), shown(active["auc"]))
@@ -95,5 +94,5 @@ def _show(found: Feature) -> None:
         common.console().print(line, soft_wrap=True, highlight=False)
     if found.link is not None:
         common.say(found.link)
-    notes = "R² with its 95 % interval over documents; F. R²: of the feature's activation; the verdict is this feature's own."
+    notes = "R² with its 95 % interval over documents; act. R²: of active tokens; F. R²: of the feature's activation; the verdict is this feature's own."
     common.console().print(notes, style="dim", highlight=False)
