@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench bench-compare ndif clean
+.PHONY: demo test lint audit docs bench bench-compare ndif clean
 
 demo: .venv/demo.stamp
 	.venv/bin/nnato demo
@@ -14,6 +14,10 @@ lint: .venv/test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Known vulnerabilities of what is installed; where advisories cannot be reached it says that it was skipped.
+audit: .venv/test.stamp
+	.venv/bin/python .ci/audit.py
 
 docs: .venv/docs.stamp
 	.venv/bin/sphinx-build -W --keep-going -b html docs docs/_build/html

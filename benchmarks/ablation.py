@@ -9,13 +9,12 @@ that lie above the edit, the head included: nothing exact can cost less. Prints 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from common import cpu_seconds, publish
 
 from nnato.accumulation import tokenize
 from nnato.blocks import find_blocks
@@ -24,7 +23,6 @@ from nnato.models import load_model
 from nnato.operators import TransportOperator
 from nnato.perplexity import ablate, choose_sequences
 from nnato.sites import ResidualSite
-from nnato.storage import provenance
 from nnato.trace import TransformersModel
 
 CONDITIONS = ("transport", "null_input", "zero")
@@ -98,13 +96,6 @@ def plain(
     return found
 
 
-def cpu_seconds(run: Callable[[], object]) -> tuple[float, object]:
-    """CPU time, and the result."""
-    start = time.process_time()
-    result = run()
-    return time.process_time() - start, result
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure and report."""
@@ -132,13 +123,8 @@ def main() -> None:
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "by_target": [compare(model, blocks, sets, int(target), arguments) for target in arguments.targets.split(",")],
-        "provenance": provenance(),
     }
-    results_folder = Path(__file__).parent / "results"
-    results_folder.mkdir(exist_ok=True)
-    name = "ablation.json" if arguments.model is None else f"ablation-{Path(arguments.model).name}.json"
-    (results_folder / name).write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    publish("ablation" if arguments.model is None else f"ablation-{Path(arguments.model).name}", record)
 
 
 def share_above(model: TransformersModel, target: int) -> float:

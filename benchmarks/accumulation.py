@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, publish
 
 from nnato.blocks import find_blocks
 from nnato.models import load_model
@@ -34,7 +35,6 @@ from nnato.storage import provenance
 from nnato.trace import TransformersModel, save
 from nnato.transport_moments import TransportMoments
 
-RESULTS = Path(__file__).parent / "results"
 PAIR = (ResidualSite(9), ResidualSite(12))
 
 
@@ -220,7 +220,7 @@ def main() -> None:
             record = json.loads((RESULTS / "accumulation.json").read_text())
             extra = {"tokens_per_pass": tokens, "command": provenance()["command"]}
             record["all_pairs"] |= {f"{name}, {tokens:,} tokens a pass": ratio(found, name, "bare") | extra for name in chosen[1:]}
-            write(record)
+            publish("accumulation", record)
             return
         of_pair = turns(
             {
@@ -270,16 +270,8 @@ def main() -> None:
         "gram": gram,
         "processes_cpu_s": started,
         "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
-        "provenance": provenance(),
     }
-    write(record)
-
-
-def write(record: dict[str, Any]) -> None:
-    """Keep and print a result."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "accumulation.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    publish("accumulation", record)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from common import publish
 from conftest import make_module, make_tokenizer, random_words
 
 from nnato.accumulation import accumulate
 from nnato.corpus import Corpus
 from nnato.models import wrap
-from nnato.storage import provenance
 
 
 def main() -> None:
@@ -56,12 +56,8 @@ def main() -> None:
         "tokens_per_batch": 4 * arguments.context,
         "resident_mb": [resident[few] / 1e6, resident[many] / 1e6],
         "growth_mb": (resident[many] - resident[few]) / 1e6,
-        "provenance": provenance(),
     }
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    publish("memory", record)
 
 
 if __name__ == "__main__":

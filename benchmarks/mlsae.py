@@ -103,7 +103,7 @@ def training(name: str, tokens: int, turns: int) -> dict[str, object]:
     torch.set_num_threads(1)
     model = load_model(name)
     info = describe(model)
-    sites = tuple(ResidualSite(info.blocks * part // 4) for part in (1, 2, 3))
+    sites = tuple(map(ResidualSite, range(info.blocks)))
     recipe = Recipe(expansion=4, k=32, tokens=tokens, rows=512, buffer=8192, lr=1e-3)
     blocks = tokenize(model, default_corpus(recipe)).only("train")
     device = torch.device("cpu")
@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--way", choices=["dense", "sparse"])
     parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=4096, help="each is a row at every layer")
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.way:

@@ -7,15 +7,14 @@ benchmarks/results/remote.json.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
+
+from common import publish
 
 from nnato.accumulation import accumulate
 from nnato.corpus import Corpus
 from nnato.dry_run import DryRunServer
 from nnato.models import describe, load_model
-from nnato.storage import provenance
 
 PAIR = (9, 12)
 
@@ -60,12 +59,8 @@ def main() -> None:
     record = {
         "bound_per_pair": 3 * (width + 1) ** 2 * 8 + 10**6,
         "runs": [measure(model, tokens, keep) for keep in (False, True) for tokens in arguments.tokens],
-        "provenance": provenance(),
     }
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "remote.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    publish("remote", record)
 
 
 if __name__ == "__main__":

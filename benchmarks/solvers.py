@@ -138,7 +138,6 @@ def main() -> None:
         cpu = time.process_time() - began
         print(json.dumps({"alpha": alpha, "cpu_s": cpu, "peak_mib": resident("VmHWM") - idle}))
         return
-    from nnato.storage import provenance
 
     roles = ["scikit-learn", *arguments.only.split(";")] if arguments.only else list(ROLES)
     record: dict[str, object] = {"penalties": 8, "folds": FOLDS, "sizes": []}
@@ -158,11 +157,9 @@ def main() -> None:
                     entry[f"{key} ratio, {role}"] = statistics.median(turn["scikit-learn"][key] / turn[role][key] for turn in turns)
         record["sizes"] = [*record["sizes"], entry]  # type: ignore[misc]
         print(json.dumps(entry), file=sys.stderr)
-    record["provenance"] = provenance()
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    from common import publish  # here, so that the ways that are timed start without nnato
+
+    publish(arguments.name, record)
 
 
 if __name__ == "__main__":

@@ -102,12 +102,31 @@ def ablation(record: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"ablation of {record['model']}, target {one['target']}: CPU time of full passes over ablate", one["ratio"], None, False)
 
 
+def features(record: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/features.py."""
+    yield Row("R² of all features, loop over features: CPU time over that from moments", record["ratio"], 50, False)
+    for name, value in record["pass"].items():
+        if name.startswith("ratio"):
+            sampled = name.endswith("up to the target, one token in 32")
+            yield Row(f"pass over 16,384 features and 8 operators: {name}", value[0], 1.5 if sampled else None, True)
+
+
+def remote(record: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/remote.py."""
+    for kept in (False, True):
+        few, many = (run["received"] for run in record["runs"] if run["excluded_kept"] == kept)
+        what = "with" if kept else "without"
+        yield Row(f"bytes from a server for three times the tokens, {what} excluded tokens", many / few, 1.02, True)
+
+
 SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "accumulation": accumulation,
     "memory": memory,
     "trace": trace,
     "solvers": solvers,
     "solvers-short": solvers,
+    "features": features,
+    "remote": remote,
     "ablation": ablation,
     "ablation-smollm2": ablation,
 }

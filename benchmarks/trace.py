@@ -8,19 +8,17 @@ benchmarks/results/trace.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import publish
 
 from nnato.blocks import find_blocks
 from nnato.models import load_model
 from nnato.operators import TransportOperator
 from nnato.sites import ResidualSite
-from nnato.storage import provenance
 from nnato.trace import ATOTrace, TransformersModel
 
 SOURCE, TARGET, READ, POSITIONS = 9, 12, 15, [3, 5]
@@ -107,11 +105,8 @@ def main() -> None:
                 "milliseconds_hooks": 1e3 * statistics.median(hooks for _, hooks in pairs),
             }
         )
-    record = {"repeats": arguments.repeats, "threads": arguments.threads, "shapes": shapes, "provenance": provenance()}
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "trace.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    record = {"repeats": arguments.repeats, "threads": arguments.threads, "shapes": shapes}
+    publish("trace", record)
 
 
 if __name__ == "__main__":

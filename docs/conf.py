@@ -3,7 +3,7 @@ from pathlib import Path
 
 import nnato
 
-sys.path.insert(0, str(Path(__file__).parent))  # for command_help and written_figures
+sys.path.insert(0, str(Path(__file__).parent))  # for command_help, licences and written_figures
 
 project = "nnato"
 author = "The nnato developers"
@@ -17,6 +17,7 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx_gallery.gen_gallery",
     "command_help",
+    "licences",
 ]
 html_theme = "furo"
 html_title = f"nnato {release}"

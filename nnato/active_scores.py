@@ -14,6 +14,8 @@ from nnato.sums import PairSums, positive, quantiles
 
 FEWEST_TOKENS, FEWEST_DOCUMENTS = 50, 10
 """With fewer active tokens, or documents that have some, a feature has no scores."""
+FEWEST_SAMPLED = 10
+"""With fewer active tokens in the sample, a feature has no scores of activations."""
 REASONS = ("", "never active", "too few active tokens", "active in too few documents", "its direction does not vary")
 """Why a feature has no scores, by code."""
 EXTRAS = ("abs_b", "abs_error", "relative_error", "log_ratio")
@@ -27,10 +29,10 @@ class ActiveScores:
     Attributes:
         operator: The map.
         active: Sums of the number along the direction and its prediction over active tokens, about the training mean, by fold.
-        latent: Sums of the activation and the activation of the prediction over all tokens, by fold.
-        precision: Share of the tokens where the prediction's latent fires in which the true one does, float64 (features,).
+        latent: Sums of the activation and the activation of the prediction over sampled tokens, by fold.
+        precision: Share of the sampled tokens where the prediction's latent fires in which the true one does, float64 (features,).
         recall: The reverse.
-        auc: How well the prediction's pre-activation separates active tokens from others, float64 (features,); inactive ones are sampled.
+        auc: How well the prediction's pre-activation separates active sampled tokens from others, float64 (features,).
         unexplained: Share of the prediction's variance that the dictionary does not reconstruct.
         extras: Sums for the paper's metrics, by name of `EXTRAS`; empty unless asked for.
     """
@@ -59,7 +61,9 @@ class FeaturePass:
         latents: Which, int64 (features,).
         mean: Training means of the numbers, float64 (features,).
         tokens: Ordinary test tokens.
-        active: In how many a feature is active, float64 (features,).
+        sampled: Those of them that the scores of activations are of.
+        active: In how many tokens a feature is active, float64 (features,).
+        fired: In how many of the sampled ones, float64 (features,).
         documents: In how many documents at least, int64 (features,): documents are told apart by 63 classes of their hash.
         unexplained: Share of the residual's variance that the dictionary does not reconstruct.
         scores: By operator.
@@ -69,7 +73,9 @@ class FeaturePass:
     latents: torch.Tensor
     mean: torch.Tensor
     tokens: int
+    sampled: int
     active: torch.Tensor
+    fired: torch.Tensor
     documents: torch.Tensor
     unexplained: float
     scores: tuple[ActiveScores, ...]
@@ -98,10 +104,13 @@ class FeaturePass:
         kept = torch.zeros(len(reasons), dtype=torch.bool)
         kept[among or slice(None)] = True
         known, reasons = kept & (reasons == 0), reasons[kept]
+        enough = known & (self.fired >= FEWEST_SAMPLED)
         found = {
             "active_r2": one.active.r2().value,
             "active_pearson": one.active.pearson(),
             "active_fvu_uncentred": one.active.moved(self.mean).fvu(),
+        }
+        activations = {
             "latent_r2": one.latent.r2().value,
             "precision": one.precision,
             "recall": one.recall,
@@ -114,6 +123,8 @@ class FeaturePass:
             "unexplained": self.unexplained,
             "unexplained_of_predictions": one.unexplained,
             **{name: quantiles(values[known]) for name, values in found.items()},
+            "sampled": {"tokens": self.sampled, "features": int(enough.sum())},
+            **{name: quantiles(values[enough]) for name, values in activations.items()},
         }
 
 

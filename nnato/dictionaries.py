@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from nnato.embedded import LOAD_ERRORS
-from nnato.errors import DictionaryError, SiteError, first_line
+from nnato.errors import DictionaryError, FileFormatError, SiteError, first_line
 from nnato.models import ModelInfo
 from nnato.sites import ResidualSite
+from nnato.storage import check_weights, check_zip, read_json
 
 KINDS = {"standard": "relu", "jumprelu": "jumprelu", "topk": "topk", "gated": "gated"}
 """Architectures of sae_lens, by our names. BatchTopK and its Matryoshka variant are saved as JumpReLU."""
@@ -223,8 +225,17 @@ class Dictionary:
         """
         return self._unscaled(activations.float() @ self.W_dec + self.b_dec, x)
 
-    def decode_sparse(self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
-        """As `decode`, from values and latents as `encode_sparse` gives them, float and int64 (…, k)."""
+    def decode_sparse(
+        self, values: torch.Tensor, latents: torch.Tensor, x: torch.Tensor | None = None, starts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `decode`, from values and latents as `encode_sparse` gives them, float and int64 (…, k).
+
+        Where tokens have different numbers of active latents, values and latents are flat, and `starts` says where each token's begin,
+        int64 (rows,).
+        """
+        if starts is not None:
+            bags = torch.nn.functional.embedding_bag(latents, self.W_dec, starts, per_sample_weights=values.float(), mode="sum")
+            return self._unscaled(bags + self.b_dec, x)
         flat = values.float().reshape(-1, values.shape[-1])
         summed = torch.nn.functional.embedding_bag(latents.reshape(flat.shape), self.W_dec, per_sample_weights=flat, mode="sum")
         return self._unscaled(summed.reshape(*values.shape[:-1], self.d_model) + self.b_dec, x)
@@ -364,9 +375,11 @@ def load_dictionary(reference: str | Path, device: torch.device | str = "cpu") -
     if text.startswith("mlsae:") and (path / "model.safetensors").is_file():
         return _from_mlsae(path, text).to(device)
     if path.is_dir() and (path / "cfg.json").is_file():
+        _check_files(path, text)
         return _from_sae_lens(text, lambda library: library.SAE.load_from_disk(path, dtype="float32")).to(device)
     if path.suffix == ".npz" or (path.is_dir() and (path / "params.npz").is_file()):
         file = path if path.suffix == ".npz" else path / "params.npz"
+        _check_archive(file, text)
         return _from_sae_lens(text, lambda library: library.SAE.load_from_disk(file, dtype="float32", converter=_read_gemma_scope)).to(
             device
         )
@@ -378,6 +391,22 @@ def load_dictionary(reference: str | Path, device: torch.device | str = "cpu") -
     return _from_sae_lens(text, lambda library: library.SAE.from_pretrained(release, identity)).to(device)
 
 
+def _check_files(folder: Path, source: str) -> None:
+    """What is checked of a folder before sae_lens reads it: real files, a small JSON object, and tensors of floating-point numbers."""
+    try:
+        read_json(folder / "cfg.json")
+        check_weights(folder / "sae_weights.safetensors")
+    except FileFormatError as error:
+        raise DictionaryError(f"{source} holds no SAE that sae_lens saved: {error}") from None
+
+
+def _check_archive(file: Path, source: str) -> None:
+    try:
+        check_zip(file)
+    except FileFormatError as error:
+        raise DictionaryError(f"{source} holds no SAE of Gemma Scope: {error}") from None
+
+
 def _from_sae_lens(source: str, load: Any) -> Dictionary:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sae_lens and what it imports warn of things that nobody here can change
@@ -385,11 +414,15 @@ def _from_sae_lens(source: str, load: Any) -> Dictionary:
 
         try:
             return _converted(load(sae_lens), source)
-        except (*LOAD_ERRORS, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (*LOAD_ERRORS, TypeError, AttributeError, OverflowError, MemoryError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DictionaryError(
                 f"sae_lens cannot load {source!r}: {first_line(error)}. A trainer's checkpoint has to be saved for inference first; an SAE "
                 "of the hub needs the network once"
             ) from None
+
+
+_SETTINGS = {"rescale_acts_by_decoder_norm": False, "apply_b_dec_to_input": False, "k": 0}
+"""Entries of sae_lens' configurations that change what an SAE does, with what they are if they are missing."""
 
 
 def _converted(sae: Any, source: str) -> Dictionary:
@@ -403,10 +436,14 @@ def _converted(sae: Any, source: str) -> Dictionary:
             f"{source}: its inputs are transformed ({config.normalize_activations}, {config.reshape_activations}) by something that is not "
             "saved with it; fold that into its weights with sae_lens"
         )
+    settings = {name: getattr(config, name, default) for name, default in _SETTINGS.items()}
+    if wrong := [name for name, value in settings.items() if type(value) is not type(_SETTINGS[name])]:
+        raise DictionaryError(f"{source}: {wrong[0]} {settings[wrong[0]]!r} is not a {type(_SETTINGS[wrong[0]]).__name__}")
+    name = _metadata(metadata, "model_name", str, source)
     state = {name: tensor.detach().float() for name, tensor in sae.state_dict().items()}
     encoder, decoder, b_dec = state["W_enc"], state["W_dec"], state["b_dec"]
     bias = state["b_gate"] if kind == "gated" else state["b_enc"]
-    if getattr(config, "rescale_acts_by_decoder_norm", False):
+    if settings["rescale_acts_by_decoder_norm"]:
         norms = torch.linalg.vector_norm(decoder, dim=1)
         encoder, bias, decoder = encoder * norms, bias * norms, decoder / norms[:, None]
     return Dictionary(
@@ -415,18 +452,26 @@ def _converted(sae: Any, source: str) -> Dictionary:
         b_enc=bias,
         W_dec=decoder.contiguous(),
         b_dec=b_dec,
-        shift=b_dec if config.apply_b_dec_to_input else torch.zeros_like(b_dec),
+        shift=b_dec if settings["apply_b_dec_to_input"] else torch.zeros_like(b_dec),
         scaling=config.normalize_activations,
         threshold=state.get("threshold"),
         gain=state["r_mag"].exp() if kind == "gated" else None,
         magnitude_bias=state.get("b_mag"),
-        k=getattr(config, "k", None),
+        k=settings["k"] or None,
         sites=_sites_of(metadata, source),
-        model=dict(metadata.get("nnato_model") or ({"name": metadata["model_name"]} if metadata["model_name"] else {})),
-        lens=metadata.get("nnato_lens"),
-        neuronpedia=metadata.get("neuronpedia_id"),
+        model=dict(_metadata(metadata, "nnato_model", dict, source) or ({"name": name} if name else {})),
+        lens=_metadata(metadata, "nnato_lens", str, source),
+        neuronpedia=_metadata(metadata, "neuronpedia_id", str, source),
         source=source,
     )
+
+
+def _metadata(metadata: Any, name: str, kind: type, source: str) -> Any:
+    """An entry of sae_lens' metadata, None if there is none."""
+    value = metadata.get(name)
+    if value is not None and type(value) is not kind:
+        raise DictionaryError(f"{source}: {name} in its metadata is not a {kind.__name__}")
+    return value
 
 
 def _sites_of(metadata: Any, source: str) -> tuple[ResidualSite, ...]:
@@ -443,8 +488,8 @@ def _read_gemma_scope(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A converter for sae_lens: the `params.npz` of a Gemma Scope SAE. Its path, if it is that of their repository, says what it is of."""
     with np.load(file, allow_pickle=False) as data:
-        state = {"W_" + key[2:] if key.startswith("w_") else key: torch.from_numpy(data[key]).float() for key in data}
-    state = {key: state[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+        names = {"W_" + key[2:] if key.startswith("w_") else key: key for key in data}
+        state = {key: torch.from_numpy(data[names[key]]).float() for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     place = Path(file).expanduser().absolute().as_posix()
     layer, repository = re.search(r"/layer_(\d+)/", place), re.search(r"/gemma-scope-(\w+)-(pt|it)-res/", place)
     config = {
@@ -465,7 +510,10 @@ def _read_gemma_scope(
 def _from_mlsae(folder: Path, source: str) -> Dictionary:
     """A checkpoint of the authors of arXiv 2409.04185. It does not say of which model and layers it is."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
+        check_weights(folder / "model.safetensors")
+        if type(config["k"]) is not int or type(config.get("standardize", True)) is not bool:
+            raise DictionaryError(f"{source}: k is no whole number, or standardize neither true nor false")
         state = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
         encoder, decoder, bias = state["encoder.weight"].T, state["decoder.weight"].T, state["pre_encoder_bias"]
         return Dictionary(
@@ -479,7 +527,7 @@ def _from_mlsae(folder: Path, source: str) -> Dictionary:
             k=config["k"],
             source=source,
         )
-    except (*LOAD_ERRORS, TypeError) as error:
+    except (*LOAD_ERRORS, TypeError, AttributeError, FileFormatError) as error:
         raise DictionaryError(f"{source} holds no readable multi-layer SAE: {first_line(error)}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ CHUNK = 256
 """Tokens whose pre-activations are held at one time."""
 BINS = 32
 """Bins of pre-activations on each side of the bar, for the area under the ROC curve."""
-PROBES = 16
-"""One token in so many takes part in what only needs a sample: inactive pre-activations for the AUC, and reconstructions."""
+SAMPLED = 4096
+"""How many tokens, by default, take part in what needs an encoding of every prediction: activations, and reconstructions."""
 PAPER_ACTIVE = 1e-6
 """Activation from which the paper calls a feature active."""
 
@@ -52,17 +53,20 @@ class FeatureStatistic:
         latents: torch.Tensor,
         folds: int,
         paper: bool = False,
+        sample: int = 1,
     ) -> None:
         self.dictionary, self.operators, self.latents, self.paper = dictionary, list(operators), latents, paper
+        self.sample = sample
         self.sites = tuple(sites)
         self._target = self.sites.index(operators[0].target)
-        self._all = len(latents) == dictionary.latents and bool((latents == torch.arange(len(latents))).all())
+        every = len(latents) == dictionary.latents and bool((latents == torch.arange(len(latents))).all())
+        self._chosen = None if every else latents
         # Relative errors of tiny numbers, which the paper's metrics average, need every digit.
         self._precision = torch.float64 if paper else torch.float32
         self._directions = dictionary.directions[latents].to(self._precision)
         self._centre = operators[0].target_mean.to(self._precision)
         shape, maps = (folds, len(latents)), len(self.operators)
-        # Of all operators: n, Σa, Σa² of active tokens, and Σz, Σz² of probed ones; of each: Σb, Σb², Σab, and Σẑ, Σẑ², Σzẑ.
+        # Of all operators: n, Σa, Σa² of active tokens, and Σz, Σz² of sampled ones; of each: Σb, Σb², Σab, and Σẑ, Σẑ², Σzẑ.
         self._parts = {
             "active": torch.zeros(3 + 3 * maps, *shape, dtype=torch.float64),
             "latent": torch.zeros(2 + 3 * maps, *shape, dtype=torch.float64),
@@ -86,37 +90,24 @@ class FeatureStatistic:
         chosen = batch.ordinary
         documents = batch.documents[:, None].expand_as(chosen)[chosen]
         rows = {site: batch.residuals[place][chosen] for place, site in enumerate(self.sites)}
-        for first in range(0, len(documents), CHUNK):
-            part = slice(first, first + CHUNK)
-            self._add({site: residuals[part] for site, residuals in rows.items()}, documents[part], batch.fold)
-
-    def _add(self, rows: Mapping[ResidualSite, torch.Tensor], documents: torch.Tensor, fold: int) -> None:
-        y = rows[self.sites[self._target]].float()
-        predicted = [one(rows[one.source].float()) for one in self.operators]
         seen = int(self._parts["tokens"][0].sum())
-        self._parts["tokens"][0, fold] += len(y)
-        true = _Encoded.of(self.dictionary, y, None if self._all else self.latents)
-        if not seen:
-            self._parts["scale"] = true.pre.std(0).clamp(min=1e-6)
-        kept = true.values > PAPER_ACTIVE if self.paper else slice(None)
-        self._add_active(y, predicted, true.rows[kept], true.columns[kept], documents, fold)
-        self._add_latents(true, predicted, fold)
-        probed = torch.arange(len(y), device=y.device)[(-seen) % PROBES :: PROBES]
-        if len(probed):
-            self._add_probes(y[probed], true.at(probed), [one[probed] for one in predicted])
+        for first in range(0, len(documents), CHUNK):
+            self._add_active({site: one[first : first + CHUNK] for site, one in rows.items()}, documents[first : first + CHUNK], batch.fold)
+        sampled = {site: one[(-seen) % self.sample :: self.sample] for site, one in rows.items()}
+        for first in range(0, len(sampled[self.sites[self._target]]), CHUNK):
+            self._add_activations({site: one[first : first + CHUNK] for site, one in sampled.items()}, batch.fold)
 
-    def _add_active(
-        self,
-        y: torch.Tensor,
-        predicted: Sequence[torch.Tensor],
-        rows: torch.Tensor,
-        columns: torch.Tensor,
-        documents: torch.Tensor,
-        fold: int,
-    ) -> None:
+    def _add_active(self, residuals: Mapping[ResidualSite, torch.Tensor], documents: torch.Tensor, fold: int) -> None:
         """Sums over active tokens of a = d·y and b = d·ŷ about the training mean."""
-        vectors = torch.stack([y, *predicted], dim=-1).to(self._precision) - self._centre[:, None]
-        numbers = _products(self._directions, vectors, rows, columns).double().T
+        y, predicted = self._predictions(residuals)
+        true = _Encoded.of(self.dictionary, self.dictionary.pre_activations(y), self._chosen)
+        if not int(self._parts["tokens"][0].sum()):
+            self._parts["scale"] = true.pre.std(0).clamp(min=1e-6)
+        self._parts["tokens"][0, fold] += len(y)
+        kept = true.values > PAPER_ACTIVE if self.paper else slice(None)
+        rows, columns = true.rows[kept], true.columns[kept]
+        vectors = torch.stack([y, *predicted], dim=1).to(self._precision) - self._centre
+        numbers = _products(self._directions, vectors, rows, columns).double()
         a, b = numbers[0], numbers[1:]
         total = self._parts["active"][:, fold]
         terms = [torch.ones_like(a), a, a * a, *b, *(b * b), *(a * b)]
@@ -133,15 +124,20 @@ class FeatureStatistic:
             for place, term in enumerate(sums):
                 self._parts["extras"][place] += self._by_feature(columns, term)
 
-    def _add_latents(self, true: _Encoded, predicted: Sequence[torch.Tensor], fold: int) -> None:
-        """Sums of activations z and ẑ over all tokens, and who fires when."""
+    def _add_activations(self, residuals: Mapping[ResidualSite, torch.Tensor], fold: int) -> None:
+        """Sums of activations z and ẑ, who fires when, and how well the dictionary reconstructs residuals and predictions."""
+        y, predicted = self._predictions(residuals)
         maps, total, fired = len(predicted), self._parts["latent"][:, fold], self._parts["fired"]
+        true = self._encoded(y, 0)
+        features = torch.arange(len(self.latents), device=y.device)
+        histograms = (true.fires() * len(features) + features) * (2 * BINS) - 1
         z = true.values.double()
+        self._parts["tokens"][1, fold] += len(y)
         total[0] += self._by_feature(true.columns, z)
         total[1] += self._by_feature(true.columns, z * z)
         fired[0] += self._by_feature(true.columns, torch.ones_like(z))
         for number, one in enumerate(predicted):
-            found = _Encoded.of(self.dictionary, one, None if self._all else self.latents)
+            found = self._encoded(one, 1 + number)
             margins = found.margins(true.rows, true.columns)
             there = torch.where(margins > 0, found.magnitudes(true.rows, true.columns), 0.0).double()
             own = found.values.double()
@@ -150,28 +146,31 @@ class FeatureStatistic:
             total[2 + 2 * maps + number] += self._by_feature(true.columns, z * there)
             fired[1 + number] += self._by_feature(found.columns, torch.ones_like(own))
             fired[1 + maps + number] += self._by_feature(true.columns, (margins > 0).double())
-            self._count(number, 1, true.columns, margins)
+            self._count(number, histograms, found.pre - found.bars)
 
-    def _add_probes(self, y: torch.Tensor, true: torch.Tensor, predicted: Sequence[torch.Tensor]) -> None:
-        """Pre-activations where features are inactive, and how well the dictionary reconstructs residuals and predictions."""
-        latents = None if self._all else self.latents
-        unexplained = self._parts["unexplained"]
-        for number, one in enumerate([y, *predicted]):
-            rebuilt = self.dictionary.decode(self.dictionary.encode(one), one)
-            unexplained[0, number] += (one - rebuilt).double().square().sum()
-            unexplained[1, number] += (one - self._centre).double().square().sum()
-        rows, columns = torch.nonzero(~true, as_tuple=True)
-        for number, one in enumerate(predicted):
-            found = _Encoded.of(self.dictionary, one, latents)
-            self._count(number, 0, columns, found.margins(rows, columns))
+    def _predictions(self, residuals: Mapping[ResidualSite, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return residuals[self.sites[self._target]].float(), [one(residuals[one.source].float()) for one in self.operators]
 
-    def _count(self, number: int, side: int, columns: torch.Tensor, margins: torch.Tensor) -> None:
-        """Add margins to a histogram: 32 bins on each side of the bar, in units of the feature's own spread, open at both ends."""
-        size = margins.abs()
-        bins = (BINS * size / (size + self._parts["scale"][columns])).long().clamp(max=BINS - 1)
-        place = columns * (2 * BINS) + torch.where(margins > 0, BINS + bins, BINS - 1 - bins)
-        counts = torch.bincount(place, minlength=len(self.latents) * 2 * BINS)
-        self._parts["histograms"][number, side] += counts.view(-1, 2 * BINS).int()
+    def _encoded(self, x: torch.Tensor, number: int) -> _Encoded:
+        """Of the features that are judged; what all latents leave unexplained is added on the way."""
+        pre = self.dictionary.pre_activations(x)
+        every = _Encoded.of(self.dictionary, pre, None)
+        starts = torch.searchsorted(every.rows, torch.arange(len(x), device=x.device))
+        rebuilt = self.dictionary.decode_sparse(every.values, every.columns, x, starts)
+        for place, deviations in enumerate([x - rebuilt, x - self._centre]):
+            self._parts["unexplained"][place, number] += deviations.double().square().sum()
+        return every if self._chosen is None else _Encoded.of(self.dictionary, pre, self._chosen)
+
+    def _count(self, number: int, places: torch.Tensor, margins: torch.Tensor) -> None:
+        """Add margins, (rows, features), to the histograms that begin at `places`, of tokens where a feature is silent or fires.
+
+        There are 32 bins on each side of the bar, in units of the feature's own spread, open at both ends.
+        """
+        bins = margins.abs().add_(self._parts["scale"])
+        bins = torch.div(margins, bins, out=bins).add_(1).mul_(BINS).ceil_().clamp_(min=1)  # a margin of 0 is below the bar
+        found = bins.long().add_(places).flatten()
+        histograms = self._parts["histograms"][number].view(-1)
+        histograms.scatter_add_(0, found, torch.ones((), dtype=histograms.dtype, device=found.device).expand_as(found))
 
     def _by_feature(self, columns: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
         return torch.bincount(columns, terms, minlength=len(self.latents))
@@ -202,7 +201,7 @@ class FeatureStatistic:
         parts = {name: part.cpu() for name, part in self._parts.items()}
         maps = len(self.operators)
         n, a, aa = parts["active"][:3]
-        count = parts["tokens"][0][:, None].expand_as(a)
+        sampled = parts["tokens"][1]
         z, zz = parts["latent"][:2]
         scores = []
         for number, operator in enumerate(self.operators):
@@ -214,7 +213,7 @@ class FeatureStatistic:
                 ActiveScores(
                     operator=operator,
                     active=PairSums(n, a, b, aa, bb, ab),
-                    latent=PairSums(count, z, own, zz, square, cross),
+                    latent=PairSums(sampled[:, None].expand_as(z), z, own, zz, square, cross),
                     precision=hits / positive(predicted),
                     recall=hits / positive(parts["fired"][0]),
                     auc=area(*parts["histograms"][number]),
@@ -227,7 +226,9 @@ class FeatureStatistic:
         return FeaturePass(
             latents=self.latents.cpu(),
             mean=self._offsets().cpu(),
-            tokens=int(count.sum(0)[0]),
+            tokens=int(parts["tokens"][0].sum()),
+            sampled=int(sampled.sum()),
+            fired=parts["fired"][0],
             active=n.sum(0),
             documents=sum(((masks >> bit) & 1 for bit in range(63)), torch.zeros_like(masks)),
             unexplained=float(unexplained / whole),
@@ -249,12 +250,11 @@ class _Encoded:
     values: torch.Tensor
 
     @staticmethod
-    def of(dictionary: Dictionary, x: torch.Tensor, latents: torch.Tensor | None) -> _Encoded:
-        every = dictionary.kind == "topk" or latents is None  # in a topk dictionary all latents compete
-        pre = dictionary.pre_activations(x, None if every else latents)
+    def of(dictionary: Dictionary, pre: torch.Tensor, latents: torch.Tensor | None) -> _Encoded:
+        """From pre-activations of all latents."""
         bars = dictionary.bars(pre)
         if latents is not None:
-            pre = pre[:, latents] if every else pre
+            pre = pre[:, latents]
             bars = bars if bars.dim() == 2 else bars[latents]
         flat = _places(pre > bars)
         rows, columns = flat // pre.shape[1], flat % pre.shape[1]
@@ -270,9 +270,9 @@ class _Encoded:
         """What activations at some pairs are, if they are active."""
         return self.dictionary.magnitudes(self.pre[rows, columns], columns if self.latents is None else self.latents[columns])
 
-    def at(self, rows: torch.Tensor) -> torch.Tensor:
-        """Whether features are active in some tokens, bool (rows, features)."""
-        return self.pre[rows] > (self.bars[rows] if self.bars.dim() == 2 else self.bars)
+    def fires(self) -> torch.Tensor:
+        """Whether features are active, bool (rows, features)."""
+        return self.pre > self.bars
 
 
 def feature_pass(
@@ -283,6 +283,7 @@ def feature_pass(
     features: Sequence[int] | torch.Tensor | None = None,
     *,
     paper: bool = False,
+    sample: int | None = None,
     split: str = "test",
     batch_size: int = 8,
     file: Path | None = None,
@@ -297,6 +298,8 @@ def feature_pass(
         operators: Operators with the same target, for example those of `evaluate_features`.
         features: Latents; all by default.
         paper: As in the paper: a feature is active above 1e-6, and the sums of all of its metrics are kept.
+        sample: For scores of activations, every prediction of one token in so many is encoded; 1 for all, which costs most. By default
+            so many that about 4,096 tokens are.
         split: Documents to read.
         batch_size: Token blocks per forward pass.
         file: Where to keep checkpoints.
@@ -314,21 +317,25 @@ def feature_pass(
     for operator in operators:  # the sites whose norms took part in the fits' token classes, so that the same tokens are sinks
         medians |= {ResidualSite.parse(site): float(median) for site, median in operator.details.get("medians", {}).items()}
     sites = tuple(sorted(medians))
-    statistic = FeatureStatistic(dictionary, operators, sites, latents, blocks.fingerprint["folds"], paper)
+    part = blocks.only(split)
+    if sample is None:
+        sample = max(1, round(int(part.index[:, 1].sum()) / SAMPLED))
+    statistic = FeatureStatistic(dictionary, operators, sites, latents, blocks.fingerprint["folds"], paper, sample)
     request = {
         "model": info.contents(),
         "text": blocks.fingerprint["digest"],
         "split": split,
         "dictionary": dictionary.fingerprint()["digest"],
         "operators": [[operator.source.key, operator.target.key, operator.name, _digest(operator)] for operator in operators],
-        "paper": paper,
         "latents": latents.tolist(),
+        "paper": paper,
+        "sample": sample,
         "batch_size": batch_size,
     }
     frozen = torch.tensor([medians[site] for site in sites], dtype=torch.float64)
     stream(
         model,
-        blocks.only(split),
+        part,
         statistic,
         request,
         {},
@@ -361,21 +368,26 @@ def _products(directions: torch.Tensor, vectors: torch.Tensor, rows: torch.Tenso
 
     Args:
         directions: Float (features, d).
-        vectors: Of the same dtype (tokens, d, vectors).
+        vectors: Of the same dtype (tokens, vectors, d).
         rows: int64 (pairs,), ascending.
         columns: int64 (pairs,).
 
     Returns:
-        Of that dtype (pairs, vectors).
+        Of that dtype (vectors, pairs).
     """
-    found = [directions.new_zeros(0, vectors.shape[-1])]
+    maps = vectors.shape[1]
     counts = torch.bincount(rows, minlength=len(vectors))
-    ends = counts.cumsum(0).tolist()
-    for first in range(0, len(vectors), 32):
-        last = min(first + 32, len(vectors))
-        most = int(counts[first:last].max())
-        there = torch.arange(most, device=rows.device) < counts[first:last, None]
-        padded = torch.zeros(last - first, most, dtype=torch.int64, device=rows.device)
-        padded[there] = columns[(ends[first - 1] if first else 0) : ends[last - 1]]
-        found.append(torch.bmm(directions[padded], vectors[first:last])[there])
-    return torch.cat(found)
+    starts = torch.cat([counts.new_zeros(1), counts.repeat_interleave(maps).cumsum(0)])
+    # All vectors of a token follow one another, so that its directions are read from memory once.
+    mine = torch.repeat_interleave(starts.diff())
+    firsts = (counts.cumsum(0) - counts).repeat_interleave(maps)
+    places = torch.arange(len(mine), device=rows.device) - starts[mine] + firsts[mine]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        wanted = torch.sparse_csr_tensor(
+            starts, columns[places], vectors.new_zeros(len(places)), (len(starts) - 1, len(directions)), check_invariants=True
+        )
+    products = torch.sparse.sampled_addmm(wanted, vectors.flatten(0, 1), directions.T, beta=0.0).values()
+    found = vectors.new_empty(maps, len(rows))
+    found[mine % maps, places] = products
+    return found

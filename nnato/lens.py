@@ -25,7 +25,17 @@ from nnato.remote import UNPICKLING
 from nnato.selection import Method
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
-from nnato.storage import atomic, prepare_folder, read_artifact, require, write_artifact
+from nnato.storage import (
+    atomic,
+    check_zip,
+    prepare_folder,
+    read_artifact,
+    read_json,
+    require,
+    require_entries,
+    require_finite,
+    write_artifact,
+)
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -130,8 +140,8 @@ class Lens:
         path = Path(path).expanduser()
         path = path / FILE if path.is_dir() else path
         tensors, metadata = read_artifact(path, KIND)
-        for name, tensor in tensors.items():
-            require(tensor.dtype == torch.float64 and bool(torch.isfinite(tensor).all()), path, f"{name} is not float64, or not finite")
+        require_finite(tensors, path)
+        require_entries(metadata, path, sites=list, model=dict, details=dict)
         try:
             last = ResidualSite.parse(metadata["last"])
             translators: dict[ResidualSite, AffineMap] = {}
@@ -139,6 +149,7 @@ class Lens:
                 weight, source_mean, target_mean = (tensors[f"{key}.{name}"] for name in ("weight", "source_mean", "target_mean"))
                 site = ResidualSite.parse(key)
                 translators[site] = TransportOperator(site, last, weight, source_mean, target_mean, name="lens")
+            require(len(tensors) == 3 * len(translators), path, "it holds tensors of other sites, or a site twice")
             return Lens(last, translators, metadata["model"], metadata["details"])
         except (KeyError, TypeError, SiteError, OperatorError) as error:
             raise FileFormatError(f"{path} is inconsistent ({type(error).__name__}: {error}); make it again") from None
@@ -198,10 +209,12 @@ def import_lens(path: str | Path, blocks: int, d_model: int) -> Lens:
     """
     folder = Path(path).expanduser()
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
+        check_zip(folder / "params.pt")
         state = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)
-        shape = (int(config["num_hidden_layers"]), int(config["d_model"]))
-    except (*LOAD_ERRORS, TypeError, EOFError, UNPICKLING) as error:
+        require_entries({"bias": True, **config}, folder, num_hidden_layers=int, d_model=int, bias=bool)
+        shape = config["num_hidden_layers"], config["d_model"]
+    except (*LOAD_ERRORS, TypeError, AttributeError, EOFError, UNPICKLING, FileFormatError) as error:
         raise FileFormatError(f"{folder} holds no lens with params.pt and config.json: {first_line(error)}") from None
     require(shape == (blocks, d_model), folder, f"it is of a model of {shape[0]} blocks and width {shape[1]}, not {blocks} and {d_model}")
     translators: dict[ResidualSite, AffineMap] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.accumulation import tokenize
-from nnato.corpus import Corpus, TokenBlocks
+from nnato.corpus import SPLITS, Corpus, TokenBlocks
 from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, SiteError
 from nnato.intervals import Interval, share_explained
@@ -22,7 +22,7 @@ from nnato.models import ModelInfo, describe
 from nnato.reduction import SINK_RATIO
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress, ResidualBatch
-from nnato.storage import SCHEMA, prepare_folder, read_artifact
+from nnato.storage import SCHEMA, prepare_folder, read_artifact, require, require_entries
 from nnato.streaming import stream
 
 if TYPE_CHECKING:
@@ -269,8 +269,9 @@ class LayerStatistic:
             stats.take(count, {name: tensors[f"{key}.{name}"] for name in stats.tensors() if f"{key}.{name}" in tensors})
             for name, mine in errors.tensors().items():
                 stored = tensors.get(f"{key}.errors.{name}")
-                if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype:
-                    raise MomentsError(f"the stored layer statistics lack {key}.errors.{name}, or it has another shape")
+                fits = stored is not None and stored.shape == mine.shape and stored.dtype == mine.dtype
+                if stored is None or not fits or not bool(torch.isfinite(stored).all()):
+                    raise MomentsError(f"the stored layer statistics lack {key}.errors.{name}, or it has another shape, or is not finite")
                 mine.copy_(stored)
             errors.n = count
         self.folds, self.errors = fresh.folds, fresh.errors
@@ -391,6 +392,11 @@ def load_layer_activity(path: str | Path, sae: MultiLayerSAE) -> LayerActivity:
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
     tensors, metadata = read_artifact(file, KIND)
+    require_entries(metadata, file, d_model=int, sae=dict, tokens=dict, model=dict, text=dict, split=str)
+    require(
+        metadata["d_model"] == sae.dictionary.d_model and len(metadata["tokens"]) > 0, file, "it is of another width, or holds no tokens"
+    )
+    require(metadata["split"] in SPLITS, file, f"split {metadata['split']!r} is none of {', '.join(SPLITS)}")
     try:
         statistic = LayerStatistic(sae, metadata["d_model"])
         statistic.restore(tensors, metadata)

@@ -13,7 +13,7 @@ from nnato.linalg import random_orthogonal
 from nnato.notebook import html_table
 from nnato.regression import Regression
 from nnato.sites import Pair, ResidualSite, make_pair
-from nnato.storage import read_artifact, require, require_entries, write_artifact
+from nnato.storage import read_artifact, require, require_entries, require_finite, write_artifact
 
 KIND = "operator"
 _TENSORS = ("weight", "source_mean", "target_mean")
@@ -150,9 +150,7 @@ class TransportOperator(AffineMap):
         path = Path(path).expanduser()
         tensors, metadata = read_artifact(path, KIND)
         require(set(tensors) == set(_TENSORS), path, f"it holds the tensors {sorted(tensors)}")
-        for name, tensor in tensors.items():
-            require(tensor.dtype == torch.float64, path, f"{name} is not float64")
-            require(bool(torch.isfinite(tensor).all()), path, f"{name} holds values that are not finite")
+        require_finite(tensors, path)
         require({"source", "target"} <= set(metadata), path, "source or target is missing")
         require_entries(metadata, path, name=str, details=dict)
         try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from nnato.dictionaries import load_dictionary
 from nnato.embedded import LOAD_ERRORS
 from nnato.errors import DictionaryError, first_line
 from nnato.sites import ResidualSite
-from nnato.storage import prepare_folder
+from nnato.storage import atomic_folder, prepare_folder
 
 FILES = ("config.json", "model.safetensors")
 
@@ -57,9 +55,8 @@ def import_mlsae(
     with torch.no_grad():
         for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
             getattr(sae, name).copy_(getattr(dictionary, name))
-    with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as scratch:
-        for path in sae.save_model(scratch):
-            os.replace(path, out / Path(path).name)
+    with atomic_folder(out, "cfg.json") as scratch:
+        sae.save_model(scratch)
     return out
 
 

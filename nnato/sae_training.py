@@ -9,8 +9,6 @@ ever earlier passes and cannot be made anew.)
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.accumulation import tokenize
+from nnato.checkpoints import Checkpoints
 from nnato.corpus import FRACTIONS, Corpus, TokenBlocks
 from nnato.dictionaries import origin
-from nnato.errors import DictionaryError, MomentsError
+from nnato.errors import DictionaryError
 from nnato.models import describe
 from nnato.reduction import SINK_RATIO, TokenClasses, capture, located
 from nnato.sites import ResidualSite
 from nnato.statistics import NonFinite, Progress, non_finite
-from nnato.storage import SCHEMA, prepare_folder, provenance, read_artifact, require, write_artifact
+from nnato.storage import SCHEMA, Metadata, atomic_folder, prepare_folder, provenance, require, require_entries
 
 if TYPE_CHECKING:
     from nnato.lens import Lens
@@ -142,7 +141,8 @@ def train_sae(
         SiteError: A site does not exist, or the lens does not know it.
         TextError: The text cannot be read or is too short.
         ActivationError: A residual is not finite; the last checkpoint stays as it is.
-        OutputError: `out` cannot be written.
+        FileFormatError: No checkpoint in `out` can be read.
+        OutputError: `out` cannot be written, or another process is training there.
     """
     info, recipe = describe(model), recipe or Recipe()
     chosen = tuple(sorted({ResidualSite.parse(site, info.blocks) for site in (range(info.blocks) if sites is None else sites)}))
@@ -165,32 +165,41 @@ def train_sae(
         "batch_size": batch_size,
         "sink_ratio": SINK_RATIO,
     }
-    rows = _Rows(model, blocks, chosen, recipe, lens, batch_size)
-    training = _Training(recipe, info.d_model, chosen, next(model._module.parameters()).device)
-    file = folder / CHECKPOINT
-    if file.exists():
-        _restore(file, request, training, rows)
-    while not training.finished:
-        if progress is not None:
-            progress("training", training.trainer.n_training_samples, training.samples)
-        try:
-            training.learn(rows.fill(), rows.fresh)
-        except NonFinite as error:
-            raise located(error, model, rows.tokens) from None
-        if training.finished or rows.fills % checkpoint_every == 0:
-            write_artifact(file, KIND, *_snapshot(request, training, rows))
-    if progress is not None:
-        progress("training", training.samples, training.samples)
     metadata = origin(info, chosen) | {
         "nnato_recipe": asdict(recipe),
         "nnato_text": blocks.fingerprint,
         "nnato_lens": None if lens is None else lens.digest,
         "nnato_provenance": provenance(),
     }
-    if lens is not None:
-        lens.save(folder)
-    training.save(folder, metadata, rows.factor or 1.0)
+    rows = _Rows(model, blocks, chosen, recipe, lens, batch_size)
+    training = _Training(recipe, info.d_model, chosen, next(model._module.parameters()).device)
+    checkpoints = Checkpoints(folder / CHECKPOINT, KIND)
+    with checkpoints.held():
+        _run(training, rows, request, checkpoints, checkpoint_every, progress)
+        if lens is not None:
+            lens.save(folder)
+        training.save(folder, metadata, rows.factor or 1.0)
     return Trained(folder, chosen, training.history, rows.epochs, info.fingerprint(), blocks.fingerprint)
+
+
+def _run(
+    training: _Training, rows: _Rows, request: Mapping[str, Any], checkpoints: Checkpoints, every: int, progress: Progress | None
+) -> None:
+    """Train to the end, from the last checkpoint on."""
+    if found := checkpoints.read():
+        _restore(checkpoints.file, *found, request, training, rows)
+    while not training.finished:
+        if progress is not None:
+            progress("training", training.trainer.n_training_samples, training.samples)
+        try:
+            training.learn(rows.fill(), rows.fresh)
+        except NonFinite as error:
+            raise located(error, rows.model, rows.tokens) from None
+        if training.finished or rows.fills % every == 0:
+            checkpoints.write(*_snapshot(request, training, rows))
+    checkpoints.finish()
+    if progress is not None:
+        progress("training", training.samples, training.samples)
 
 
 def default_corpus(recipe: Recipe) -> Corpus:
@@ -375,9 +384,8 @@ class _Training:
             self.sae.cfg.normalize_activations = "layer_norm"  # only now: the auxiliary loss refuses it, and rows were standardised
         elif self.recipe.scale == "mean":
             self.sae.fold_activation_norm_scaling_factor(factor)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            for path in self.sae.save_inference_model(scratch):  # the weights first, so that a configuration always has its weights
-                os.replace(path, folder / path.name)
+        with atomic_folder(folder, "cfg.json") as scratch:
+            self.sae.save_inference_model(scratch)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------
@@ -411,27 +419,45 @@ def _snapshot(request: Mapping[str, Any], training: _Training, rows: _Rows) -> t
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, metadata
 
 
-def _restore(file: Path, request: Mapping[str, Any], training: _Training, rows: _Rows) -> None:
-    tensors, metadata = read_artifact(file, KIND)
+def _restore(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Metadata, request: Mapping[str, Any], training: _Training, rows: _Rows
+) -> None:
     if metadata.get("request") != dict(request):
         raise DictionaryError(f"{file} is the checkpoint of another training; choose another --out, or delete it")
-    expected = dict(_parts(training))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in ("rest", "medians")}
-    require(shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}, file, "it lacks some of its tensors")
+    expected, trainer = dict(_parts(training)), training.trainer
+    _check(file, tensors, metadata, expected, training)
     with torch.no_grad():
         training.sae.load_state_dict({name.removeprefix("sae."): tensors[name] for name in expected if name.startswith("sae.")})
         for name, tensor in expected.items():
             if not name.startswith("sae."):
                 tensor.copy_(tensors[name])
-    try:
-        trainer = training.trainer
-        trainer.n_training_samples, trainer.n_training_steps = metadata["samples"], metadata["steps"]
-        trainer.n_frac_active_samples, training.history = metadata["counted"], metadata["history"]
-        rows.fills, rows.cursor, rows.factor = metadata["fills"], metadata["cursor"], metadata["factor"]
-        rows.rest, rows.classes.medians = tensors["rest"].to(trainer.cfg.device), tensors["medians"]
-    except KeyError as error:
-        raise MomentsError(f"{file} lacks {error}; delete it to begin again") from None
+    trainer.n_training_samples, trainer.n_training_steps = metadata["samples"], metadata["steps"]
+    trainer.n_frac_active_samples, training.history = metadata["counted"], metadata["history"]
+    rows.fills, rows.cursor, rows.factor = metadata["fills"], metadata["cursor"], metadata["factor"]
+    rows.rest, rows.classes.medians = tensors["rest"].to(trainer.cfg.device), tensors["medians"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the schedule is walked without the optimizer, so that it ends at the same rates
         for _ in range(trainer.n_training_steps):
             trainer.lr_scheduler.step()
+
+
+def _check(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Metadata, expected: Mapping[str, torch.Tensor], training: _Training
+) -> None:
+    """Refuse a checkpoint of this request whose contents do not fit together."""
+    recipe, sites = training.recipe, len(training.sites)
+    shapes: dict[str, tuple[Any, ...]] = {name: (*tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+    shapes["medians"] = (sites, torch.float64)
+    left = tensors["rest"].shape[0] if "rest" in tensors and tensors["rest"].dim() else 0
+    shapes["rest"] = (left, training.sae.cfg.d_in, torch.float32)
+    require(
+        {name: (*tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == shapes, file, "its tensors are not those of a training"
+    )
+    for name, tensor in tensors.items():
+        require(bool(torch.isfinite(tensor).all()), file, f"{name} is not finite")
+    require_entries(metadata, file, samples=int, steps=int, counted=int, fills=int, cursor=int, factor=float, history=list)
+    counts = [metadata[name] for name in ("samples", "steps", "counted", "fills", "cursor")]
+    whole = metadata["samples"] == metadata["steps"] * recipe.rows and metadata["samples"] <= training.samples
+    require(min(counts) >= 0 and whole and math.isfinite(metadata["factor"]), file, "its counts do not fit together")
+    entry = {"tokens", "fvu", "loss", "dead"}
+    require(all(isinstance(one, dict) and set(one) == entry for one in metadata["history"]), file, "its history lacks entries")

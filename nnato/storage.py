@@ -15,10 +15,11 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,11 @@ from nnato.errors import FileFormatError, OutputError
 
 SCHEMA = 1
 """Version of every file format and cache key of this package; readers refuse newer ones."""
+
+MOST_JSON = 16 << 20
+"""Bytes of a configuration in JSON, at most."""
+MOST_UNPACKED = 20
+"""How many times its own size an archive of tensors may unpack to: weights hardly shrink."""
 
 Metadata = dict[str, Any]
 
@@ -103,15 +109,31 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     try:
-        file = lock.open("a")
+        file = _locked(lock)
+    except BlockingIOError:
+        raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
     except OSError as error:
-        raise OutputError(f"cannot write to {path.parent}: {error.strerror}; choose another folder with --out") from None
+        raise OutputError(f"cannot write to {lock.parent}: {error.strerror}; choose another folder with --out") from None
     with file:
         try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> IO[str]:
+    """Open and lock a file that whoever holds the lock removes before letting go."""
+    while True:
+        file = lock.open("a")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
-        yield
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return file
+            file.close()  # whoever held it removed it between our opening and locking it
+        except OSError:
+            file.close()
+            raise
 
 
 @contextlib.contextmanager
@@ -131,7 +153,7 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary = scratch / path.name
     try:
-        _remove_orphans(path)
+        remove_orphans(path)
         scratch.mkdir(exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -150,7 +172,34 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _remove_orphans(path: Path) -> None:
+@contextlib.contextmanager
+def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files replace those of the same names in `folder`, each durably, one of them at the end.
+
+    For files that other libraries write. The last one is taken away before another is replaced: whoever finds it finds what belongs to it.
+
+    Args:
+        folder: Where the files go.
+        last: Name of the file that comes last.
+
+    Raises:
+        OutputError: A file could not be written.
+    """
+    with atomic(folder / last) as temporary:
+        yield temporary.parent
+        others = [path for path in sorted(temporary.parent.iterdir()) if path != temporary]
+        for path in others:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        try:
+            (folder / last).unlink(missing_ok=True)
+            for path in others:
+                os.replace(path, folder / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot replace the files of {folder}: {error.strerror or error}; run the command again") from None
+
+
+def remove_orphans(path: Path) -> None:
     """Remove temporaries of this file whose process was killed while writing them."""
     for orphan in path.parent.glob(f".{path.name}.*.tmp"):
         match = re.fullmatch(r".*\.(\d+)\.tmp", orphan.name)
@@ -233,6 +282,59 @@ def _read(
     return found, header
 
 
+def read_json(path: Path) -> Metadata:
+    """Read a JSON file that holds an object, as configurations do.
+
+    Raises:
+        FileFormatError: It is no file of at most 16 MB, or holds something else.
+    """
+    if not path.is_file():  # which a link to a device is not: there is no end to that
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    if path.stat().st_size > MOST_JSON:
+        raise FileFormatError(f"{path} has more than {MOST_JSON >> 20} MB: it is no configuration")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileFormatError(f"{path} is damaged or no JSON file ({type(error).__name__}: {error})") from None
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path} holds something else than a JSON object")
+    return found
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a safetensors file, which another library will read, whose tensors are not all floating-point numbers.
+
+    Raises:
+        FileFormatError: With the reason.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(f"{path} is damaged or not a safetensors file ({error})") from None
+    for name, kind in kinds.items():
+        require(kind in ("F64", "F32", "F16", "BF16"), path, f"{name} holds {kind}, not floating-point numbers")
+
+
+def check_zip(path: Path) -> None:
+    """Refuse a zip archive, which other libraries will read, that is none or unpacks to far more than it holds.
+
+    Raises:
+        FileFormatError: With the reason.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise FileFormatError(f"{path} is damaged or no archive of tensors ({error})") from None
+    if unpacked > MOST_UNPACKED * path.stat().st_size:
+        raise FileFormatError(f"{path} unpacks to {unpacked / 1e6:.0f} MB, more than {MOST_UNPACKED} times its size: it holds no weights")
+
+
 def require(condition: bool, path: Path, what: str) -> None:
     """Refuse a readable file whose contents do not fit together.
 
@@ -241,6 +343,17 @@ def require(condition: bool, path: Path, what: str) -> None:
     """
     if not condition:
         raise FileFormatError(f"{path} is inconsistent: {what}; make it again")
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse a readable file with a tensor that is not float64, or not finite.
+
+    Raises:
+        FileFormatError: With its name.
+    """
+    for name, tensor in tensors.items():
+        require(tensor.dtype == torch.float64, path, f"{name} is not float64")
+        require(bool(torch.isfinite(tensor).all()), path, f"{name} holds values that are not finite")
 
 
 def require_entries(metadata: Mapping[str, Any], path: Path, **types: type) -> None:

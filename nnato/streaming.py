@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnato.checkpoints import Checkpoints
 from nnato.corpus import TokenBatch, TokenBlocks
 from nnato.errors import FileFormatError, MomentsError
 from nnato.reduction import TokenClasses, capture, classify, located
 from nnato.remote_moments import RemoteMoments
 from nnato.shards import Shard
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
-from nnato.storage import Metadata, exclusive, provenance, read_artifact, read_metadata, write_artifact
+from nnato.storage import Metadata, provenance, read_metadata, require, require_entries
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -69,20 +69,16 @@ def stream(
         ActivationError: A residual is not finite; the last checkpoint stays as it is.
         OutputError: The file cannot be written, or another process is writing it.
     """
-    with contextlib.nullcontext() if file is None or _finished(file) else exclusive(file):
+    checkpoints = None if file is None else Checkpoints(file, kind)
+    with contextlib.nullcontext() if checkpoints is None or _finished(checkpoints.file) else checkpoints.held():
         plan = blocks.plan(batch_size)
         mine = range(len(plan)) if shard is None else shard.batches(blocks.work(plan))
         classes, cursor = TokenClasses(medians), mine.start
         part = {} if shard is None else {"shard": [shard.number, shard.count]}
-        if file is not None and (found := _checkpoint(file, kind)):
-            tensors, metadata = found
-            if (metadata.get("request"), metadata.get("shard")) != (dict(request), part.get("shard")):
+        if checkpoints is not None and (found := checkpoints.read()):
+            if (found[1].get("request"), found[1].get("shard")) != (dict(request), part.get("shard")):
                 raise MomentsError(f"{file} holds {kind} of another model, text or request; choose another --out, or delete it")
-            cursor = metadata["cursor"]
-            statistic.restore(tensors, metadata)
-            classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
-            classes.excluded.update(metadata["excluded"])
-            classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+            cursor = _restore(checkpoints.file, *found, statistic, classes, mine)
         elif mine.start > 0 and medians is None:
             first = blocks.batch(plan[0])
             classes.medians = classify(capture(model, first.ids, statistic.sites), first.mask, first.special, None)[2]
@@ -109,10 +105,10 @@ def stream(
                 cursor += 1
             else:
                 cursor = remote.add(model, blocks, plan, cursor, classes)
-            if file is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
-                write_artifact(file, kind, *snapshot(cursor), keep=_previous(file))
-                if cursor == mine.stop:
-                    _previous(file).unlink(missing_ok=True)
+            if checkpoints is not None and (cursor == mine.stop or remote is not None or cursor % checkpoint_every == 0):
+                checkpoints.write(*snapshot(cursor))
+        if checkpoints is not None:
+            checkpoints.finish()
         if progress is not None:
             progress("forward passes", len(mine), len(mine))
         return snapshot(mine.stop)[1]
@@ -126,24 +122,20 @@ def _finished(file: Path) -> bool:
     return "cursor" in metadata and metadata["cursor"] == metadata.get("batches")
 
 
-def _previous(file: Path) -> Path:
-    """Where the last checkpoint but one is."""
-    return file.with_stem(f"{file.stem}.previous")
-
-
-def _checkpoint(file: Path, kind: str) -> tuple[dict[str, torch.Tensor], Metadata] | None:
-    """The last checkpoint that can be read, if there are any."""
-    before = _previous(file)
-    if not file.exists():  # a process killed just between moving the old one and putting the new one there leaves the old one
-        return read_artifact(before, kind) if before.exists() else None
+def _restore(
+    file: Path, tensors: Mapping[str, torch.Tensor], metadata: Metadata, statistic: Statistic, classes: TokenClasses, mine: range
+) -> int:
+    """Take over a checkpoint of the same request; the batch to go on with."""
+    require_entries(metadata, file, cursor=int, medians=dict, excluded=dict, sinks=list)
+    require(mine.start <= metadata["cursor"] <= mine.stop, file, "its cursor lies outside of the text")
     try:
-        return read_artifact(file, kind)
-    except FileFormatError as damage:
-        if not before.exists():
-            raise
-        found = read_artifact(before, kind)
-        warnings.warn(f"{damage}. Going on from the checkpoint before it, {before.name}", stacklevel=3)
-        return found
+        classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
+        classes.excluded.update(metadata["excluded"])
+        classes.sinks.update({token: count for token, count, _ in metadata["sinks"]})
+        statistic.restore(tensors, metadata)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{file} is inconsistent ({type(error).__name__}: {error}); delete it to begin again") from None
+    return int(metadata["cursor"])
 
 
 def _add_batch(model: TransformersModel, tokens: TokenBatch, statistic: Statistic, classes: TokenClasses) -> None:

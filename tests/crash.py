@@ -1,8 +1,8 @@
 """Kill jobs of the command line over and over. Run as a script by `test_crashes.py`; forks, so that a job begins within milliseconds.
 
 Each job is run once undisturbed. Then children that run it into another folder are killed: at times drawn over its duration, and just
-before each step of each write (every fsync and rename). After every kill, whatever has a final name must be whole. At the end the job is
-run to its end, and must leave the files of the undisturbed run, bit for bit where that is promised.
+before each step of each write (every fsync and rename). After every kill, whatever has a final name must be whole. Jobs that go on after
+kills must leave the files of the undisturbed run, bit for bit where that is promised.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from nnato.dictionaries import load_dictionary
 
 LOG = "last.log"
 """What the last child said; in the current folder."""
@@ -86,9 +89,12 @@ def check_whole(folder: Path) -> int:
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as opened:
-                json.loads(opened.metadata()["nnato"])
+                if path.name != "sae_weights.safetensors":  # which sae_lens writes
+                    json.loads(opened.metadata()["nnato"])
                 for name in opened.keys():  # noqa: SIM118 - not a dictionary
                     opened.get_tensor(name)
+            if path.name == "sae_weights.safetensors" and path.with_name("cfg.json").exists():
+                load_dictionary(path.parent)
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":
@@ -119,14 +125,22 @@ def same(one: Path, other: Path) -> bool:
     return True
 
 
-def torment(arguments: Sequence[str], scratch: Path, kills: int, rng: random.Random) -> dict[str, object]:
+def torment(name: str, arguments: Sequence[str], scratch: Path, kills: int, rng: random.Random) -> dict[str, object]:
     """Kill one job so many times at random, and once before each step of a write."""
     whole, broken = scratch / "whole", scratch / "broken"
     start = time.monotonic()
     if ended(forked([*arguments, "--out", str(whole)])):
         raise SystemExit(f"{arguments} fails undisturbed: {Path(LOG).read_text()}")
     duration = time.monotonic() - start
-    killed = completed = seen = 0
+    killed = completed = seen = steps = 0
+    equal = True
+
+    def go_on() -> bool:
+        """Run to the end; whether it comes to the same."""
+        if ended(forked([*arguments, "--out", str(broken)])):
+            raise SystemExit(f"{arguments} fails after a kill: {Path(LOG).read_text()}")
+        return same(whole, broken)
+
     while killed < kills:
         child = forked([*arguments, "--out", str(broken)])
         time.sleep(rng.uniform(0, duration))
@@ -139,29 +153,28 @@ def torment(arguments: Sequence[str], scratch: Path, kills: int, rng: random.Ran
             killed += 1
         seen += check_whole(broken) if broken.exists() else 0
         if ended_job(broken, whole):  # begin anew, or the rest of the kills would fall on a job with nothing to do
+            equal &= same(whole, broken)
             shutil.rmtree(broken)
-    shutil.rmtree(broken, ignore_errors=True)
-    steps = 0
+    equal &= go_on()
     while True:
-        child = forked([*arguments, "--out", str(broken)], kill_before(steps))
-        code = ended(child)
+        shutil.rmtree(broken)
+        code = ended(forked([*arguments, "--out", str(broken)], kill_before(steps)))
         seen += check_whole(broken) if broken.exists() else 0
         if code == 0:
             break
         if code != -signal.SIGKILL:
-            raise SystemExit(f"{arguments} fails with {code} after a kill: {Path(LOG).read_text()}")
+            raise SystemExit(f"{arguments} fails with {code}: {Path(LOG).read_text()}")
+        if steps % 3 == 0:
+            equal &= go_on()
         steps += 1
-        if steps % 5 == 0:
-            shutil.rmtree(broken)
-    if ended(forked([*arguments, "--out", str(broken)])):
-        raise SystemExit(f"{arguments} fails after kills: {Path(LOG).read_text()}")
+    equal &= same(whole, broken)
     return {
-        "job": arguments[0],
+        "job": name,
         "seconds": round(duration, 2),
         "killed": killed,
         "steps": steps,
         "files_read": seen,
-        "same": same(whole, broken),
+        "same": equal,
     }
 
 
@@ -179,34 +192,37 @@ def main() -> None:
     import nnato.cli.ablate
     import nnato.cli.accumulate
     import nnato.cli.fit
+    import nnato.cli.mlsae
+    import nnato.cli.sae
     import nnato.perplexity
-    import nnato.plots  # noqa: F401 - so that no child imports anything
+    import nnato.plots
+    import nnato.sae_training  # noqa: F401 - so that no child imports anything
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens  # noqa: F401
 
     moments, operators = scratch / "moments", scratch / "operators"
-    accumulate = [
-        "accumulate",
-        model,
-        "--text",
-        text,
-        "--context",
-        "32",
-        "--pairs",
-        "0:1,1:3",
-        "--batch-size",
-        "4",
-        "--checkpoint-every",
-        "1",
-    ]
+    read = ["--text", text, "--context", "32"]
+    accumulate = ["accumulate", model, *read, "--pairs", "0:1,1:3", "--batch-size", "4", "--checkpoint-every", "1"]
     fit = ["fit", str(moments)]
     for arguments in ([*accumulate, "--out", str(moments)], [*fit, "--out", str(operators)]):
         if ended(forked(arguments)):
             raise SystemExit(f"{arguments} fails: {Path(LOG).read_text()}")
     ablate = ["ablate", "--model", model, "--operator", str(operators / "0-1.safetensors"), "--sequences", "3", "--positions", "2"]
-    ablate += ["--text", text, "--context", "32", "--tokens", "4000"]
+    # Many small buffers, so that there are checkpoints on the way.
+    train = [*read, "--batch-size", "1", "--expansion", "4", "-k", "4", "--rows", "64", "--buffer", "64"]
+    jobs = {
+        "accumulate": accumulate,
+        "fit": fit,
+        "ablate": [*ablate, *read, "--tokens", "4000"],
+        "sae train": ["sae", "train", model, "--site", "2", *train, "--tokens", "1600"],
+        "mlsae train": ["mlsae", "train", model, *train, "--tokens", "800"],
+    }
     rng = random.Random(0)
-    for arguments in (accumulate, fit, ablate):
-        (scratch / arguments[0]).mkdir()
-        print(json.dumps(torment(arguments, scratch / arguments[0], kills[arguments[0]], rng)), flush=True)
+    for name, arguments in jobs.items():
+        (scratch / name).mkdir()
+        print(json.dumps(torment(name, arguments, scratch / name, kills[name], rng)), flush=True)
 
 
 if __name__ == "__main__":

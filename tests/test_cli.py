@@ -21,8 +21,10 @@ from nnato import fitting
 from nnato.accumulation import FILE, load_moments
 from nnato.cli import COMMANDS, main, tables
 from nnato.edits import INTERVENTIONS
+from nnato.errors import OutputError
 from nnato.metrics import METRICS
 from nnato.sites import ResidualSite
+from nnato.storage import exclusive
 
 TEXT = ["--context", "32", "--per-document", "0", "--tokens", "100000"]
 
@@ -427,6 +429,41 @@ def test_unwritable_output_is_refused_first(saved_model, moments, tmp_path):
     for arguments in (["accumulate", "nothing"], ["fit", moments], ["ablate", "--model", "nothing"], ["demo", "--model", "nothing"]):
         result = run(*arguments, "--out", blocker / "x", code=1)
         assert "cannot write to" in result.stderr
+
+
+def test_a_second_process_in_an_output_folder_is_refused(moments, saved_model, text, tmp_path):
+    """One process keeps the folder, the command is another one; what the folder held stays, and afterwards it may be written to."""
+    out = tmp_path / "out"
+    run("fit", moments, "--out", out)
+    operator = out / "0-2.safetensors"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fit = ["fit", str(moments), "--out", str(out)]
+    ablate = ["ablate", "--operator", str(operator), "--model", str(saved_model), "--text", str(text), *TEXT, "--out", str(out)]
+    with exclusive(out):
+        for command in (fit, ablate):
+            second = subprocess.run(
+                [sys.executable, "-c", "from nnato.cli import main; main()", *command], capture_output=True, text=True, check=False
+            )
+            assert second.returncode == 1
+            assert f"another process is working on {out}; wait for it to end, or choose another folder with --out" in second.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(*fit)
+
+
+def test_the_folder_is_kept_until_the_command_ends(moments, tmp_path, monkeypatch):
+    out, refused, fit = tmp_path / "out", [], fitting.fit
+
+    def meanwhile(*arguments, **options):
+        with pytest.raises(OutputError, match="another process is working on"), exclusive(out):
+            pass
+        refused.append(True)
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(fitting, "fit", meanwhile)
+    run("fit", moments, "--out", out)
+    assert refused
+    with exclusive(out):
+        pass
 
 
 def test_moments_of_another_width_are_refused(moments, tmp_path, text, tokenizer):

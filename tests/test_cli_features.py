@@ -48,7 +48,7 @@ def test_evaluate(folder, monkeypatch):
     for pair, result, some in zip(results["pairs"], direct, (rows[:LATENTS], rows[LATENTS:]), strict=True):
         r2 = result.scores.r2["transport"].value
         assert pair["r2"]["transport"]["0.5"] == pytest.approx(float(torch.quantile(r2, 0.5)))
-        assert pair["active"]["tokens"] > 100
+        assert pair["active"]["tokens"] == pair["active"]["sampled"]["tokens"] > 100
         assert [float(row["r2"]) for row in some] == pytest.approx(r2.tolist())
         assert {row["verdict"].split()[0] for row in some} <= set(VERDICTS)
     left, right = drawn[0].axes
@@ -59,7 +59,9 @@ def test_evaluate(folder, monkeypatch):
     assert "0 → 3" not in table
     assert "where features are active" not in table
     (folder / "list.json").write_text("[5, 2]")
-    some = check_envelope(run(*where, "--features", folder / "list.json", "--json"))
+    some = check_envelope(run(*where, "--features", folder / "list.json", "--sample", "7", "--json"))
+    active = some["pairs"][0]["active"]
+    assert active["sampled"]["tokens"] == -(-active["tokens"] // 7)
     assert some["pairs"][0]["r2"]["transport"]["features"] == 2
 
 

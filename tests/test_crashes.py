@@ -1,4 +1,4 @@
-"""Jobs of the command line killed 200 times at random, and before every step of every write; nothing half is ever found."""
+"""Jobs of the command line killed 240 times at random, and before every step of every write; nothing half is ever found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = {"accumulate": 60, "fit": 120, "ablate": 20}
+KILLS = {"accumulate": 60, "fit": 120, "ablate": 20, "sae train": 20, "mlsae train": 20}
 
 
 @pytest.mark.slow

@@ -49,6 +49,18 @@ def test_every_command_is_described():
         assert f"`nnato {command}" in commands, command
 
 
+def test_all_that_is_required_has_a_licence_that_allows_its_use(monkeypatch):
+    """Permissive ones, or the MPL, which binds changed files only. The weights' packages declare none: their terms are shown by nnato."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    licences = importlib.import_module("licences")
+    rows = licences.table(("demo",))
+    names = {name for name, _, _ in rows}
+    assert {"torch", "nnsight", "sae-lens", "transformers", "click", "scipy"} <= names
+    fine = re.compile(r"MIT|Apache|BSD|PSF|Python Software Foundation|ISC|Mozilla|MPL", re.IGNORECASE)
+    unclear = [(name, licence) for name, _, licence in rows if not fine.search(licence) or re.search(r"\b[AL]?GPL", licence)]
+    assert [one for one in unclear if "-gguf" not in one[0]] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_of_the_gallery_have_a_title_and_say_what_they_show(page):
     text = page.read_text()

@@ -44,9 +44,9 @@ def batches(count=9, same=False, seed=0):
     return found
 
 
-def fed(dictionary, operators, latents=None, paper=False, **settings):
+def fed(dictionary, operators, latents=None, paper=False, sample=1, **settings):
     latents = torch.arange(LATENTS) if latents is None else latents
-    statistic = FeatureStatistic(dictionary, operators, SITES, latents, FOLDS, paper)
+    statistic = FeatureStatistic(dictionary, operators, SITES, latents, FOLDS, paper, sample)
     for batch in batches(**settings):
         statistic.update(batch)
     return statistic
@@ -72,7 +72,6 @@ def operators():
 @pytest.mark.parametrize("scaling", ["none", "layer_norm"])
 def test_all_scores_are_those_of_materialised_rows(tmp_path, monkeypatch, kind, chosen, scaling):
     monkeypatch.setattr(passes, "CHUNK", 37)
-    monkeypatch.setattr(passes, "PROBES", 1)
     monkeypatch.setattr(passes, "BINS", 5000)
     dictionary = load_dictionary_of(kind, tmp_path, scaling=scaling)
     maps = operators()
@@ -185,12 +184,12 @@ def test_missing_scores_have_reasons(tmp_path):
 
 def test_state_makes_the_same_statistic(tmp_path):
     dictionary = load_dictionary_of("topk", tmp_path)
-    whole = fed(dictionary, operators())
+    whole = fed(dictionary, operators(), sample=5)
     latents = torch.arange(LATENTS)
-    first = FeatureStatistic(dictionary, operators(), SITES, latents, FOLDS)
+    first = FeatureStatistic(dictionary, operators(), SITES, latents, FOLDS, sample=5)
     for batch in batches()[:4]:
         first.update(batch)
-    second = FeatureStatistic(dictionary, operators(), SITES, latents, FOLDS)
+    second = FeatureStatistic(dictionary, operators(), SITES, latents, FOLDS, sample=5)
     second.restore(*first.state())
     for batch in batches()[4:]:
         second.update(batch)
@@ -217,8 +216,8 @@ def test_a_pass_sees_the_tokens_of_the_moments(model, ready):
     """The same tokens as the moments', and the numbers of a hook-based forward pass."""
     moments, blocks, dictionary, results = ready
     maps = [result.operator for result in results]
-    got = feature_pass(model, blocks, dictionary, maps)
-    assert got.tokens == moments.tokens["test"]
+    got = feature_pass(model, blocks, dictionary, maps, sample=1)
+    assert got.sampled == got.tokens == moments.tokens["test"]
     rows = {0: [], 1: [], 3: []}
     test = blocks.only("test")
     for batch in (test.batch(some) for some in test.plan(4)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import inspect
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ ROOT = Path(nnato.__file__).parent
 ROWS = [
     {"errors"},
     {"sites", "storage", "notebook"},
-    {"embedded", "corpus", "shards"},
+    {"embedded", "corpus", "shards", "checkpoints"},
     {"nnsight_setup"},
     {"remote"},
     {"blocks", "passes", "residuals"},
@@ -129,9 +131,31 @@ def test_functions_are_not_shadowed_by_modules():
 
 
 def test_version_is_that_of_the_distribution():
-    from importlib import metadata
-
     assert nnato.__version__ == metadata.version("nnato")
+
+
+def test_what_is_imported_is_required_and_installed_within_bounds():
+    """Of every package imported anywhere; those of extras, and of the standard library, aside."""
+    from packaging.requirements import Requirement
+
+    setup = ROOT.parent / "setup.cfg"
+    if not setup.exists():
+        pytest.skip("setup.cfg is not part of an installed package")
+    config = configparser.ConfigParser()
+    config.read(setup)
+    required = [Requirement(line) for line in config["options"]["install_requires"].split()]
+    for one in required:
+        assert metadata.version(one.name) in one.specifier, one
+    owners = metadata.packages_distributions()
+    trees = [ast.walk(ast.parse(path.read_text())) for path in ROOT.rglob("*.py")]
+    nodes = [node for tree in trees for node in tree]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"nnato", "ray", "gguf", "IPython"}
+    missing = {
+        name for name in packages if not {one.name for one in required} & {owner.lower().replace("_", "-") for owner in owners[name]}
+    }
+    assert missing == set()
 
 
 def test_no_asserts_and_no_pickle_in_the_package():

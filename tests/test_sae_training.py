@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -15,9 +17,10 @@ from scipy.optimize import minimize
 from nnato.cli import main
 from nnato.corpus import Corpus
 from nnato.dictionaries import load_dictionary
-from nnato.errors import DictionaryError, OperatorError
+from nnato.errors import DictionaryError, FileFormatError, OperatorError
 from nnato.models import wrap
 from nnato.sae_training import Recipe, _Rows, default_corpus, geometric_median, standardise, train_sae
+from nnato.storage import read_artifact, read_metadata, write_artifact
 
 SMALL = Recipe(expansion=8, k=4, tokens=1500, rows=128, buffer=512, lr=3e-3)
 
@@ -193,12 +196,87 @@ def test_bad_recipes_are_refused(bad, message):
         Recipe(**bad)
 
 
-def test_a_damaged_checkpoint_is_refused(model, corpus, tmp_path):
-    train_sae(model, [1], SMALL, out=tmp_path, corpus=corpus)
-    file = tmp_path / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(Exception, match="damaged"):
+def stopped_after(model, corpus, out, buffers):
+    def progress(stage, done, total):
+        if stage == "training" and done >= buffers * 512:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(model, [1], SMALL, out=out, corpus=corpus, checkpoint_every=1, progress=progress)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(model, corpus, tmp_path, damage):
+    """One warning, and the same bits in the end."""
+    train_sae(model, [1], SMALL, out=tmp_path / "whole", corpus=corpus)
+    out = tmp_path / "damaged"
+    stopped_after(model, corpus, out, 2)
+    file, previous = out / "checkpoint.safetensors", out / "checkpoint.previous.safetensors"
+    assert read_metadata(previous)["fills"] + 1 == read_metadata(file)["fills"]
+    file.write_bytes(file.read_bytes()[:-100]) if damage == "truncated" else file.unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_sae(model, [1], SMALL, out=out, corpus=corpus)
+    said = [str(warning.message) for warning in caught if "Going on from the checkpoint before it" in str(warning.message)]
+    assert len(said) == (damage == "truncated")
+    assert not previous.exists()
+    weights = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("whole", "damaged")]
+    assert weights[0] == weights[1]
+
+
+def test_without_a_readable_checkpoint_nothing_is_overwritten(model, corpus, tmp_path):
+    stopped_after(model, corpus, tmp_path, 2)
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(FileFormatError, match=r"checkpoint.previous.safetensors is damaged"):
         train_sae(model, [1], SMALL, out=tmp_path, corpus=corpus)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 10**12, "samples": 128 * 10**12},
+        {"steps": 1},
+        {"cursor": -1},
+        {"factor": float("nan")},
+        {"history": [{}]},
+        {"fills": None},
+        {"rest": torch.zeros(3, WIDTH + 1)},
+        {"medians": torch.zeros(2, dtype=torch.float64)},
+        {"sae.b_enc": torch.full((8 * WIDTH,), float("nan"))},
+        {"act_freq_scores": torch.zeros(8 * WIDTH, dtype=torch.float64)},
+    ],
+)
+def test_checkpoints_whose_contents_do_not_fit_are_refused(model, corpus, tmp_path, change):
+    stopped_after(model, corpus, tmp_path, 2)
+    file = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = read_artifact(file, "sae-training")
+    name, value = next(iter(change.items()))
+    own = {key: entry for key, entry in metadata.items() if key not in ("schema", "kind")}
+    write_artifact(
+        file, "sae-training", {**tensors, name: value} if name in tensors else tensors, own if name in tensors else {**own, **change}
+    )
+    with pytest.raises(FileFormatError, match="is inconsistent"):
+        train_sae(model, [1], SMALL, out=tmp_path, corpus=corpus)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(model, corpus, tmp_path):
+    """A real second process begins while this one is half way."""
+    other = (
+        "import sys; from pathlib import Path; from nnato.storage import exclusive; from nnato.errors import OutputError\n"
+        "try:\n    with exclusive(Path(sys.argv[1])): print('mine')\n"
+        "except OutputError as error: print(error)"
+    )
+    command, said = [sys.executable, "-c", other, str(tmp_path / "checkpoint.safetensors")], []
+
+    def progress(stage, done, total):
+        if stage == "training" and done and not said:
+            said.append(subprocess.run(command, capture_output=True, text=True).stdout)
+
+    train_sae(model, [1], SMALL, out=tmp_path, corpus=corpus, progress=progress)
+    assert "another process is working on" in said[0]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "mine\n"
 
 
 def test_nothing_to_train_on_is_refused(model, corpus, tmp_path):

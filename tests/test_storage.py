@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,17 @@ import torch
 from safetensors.torch import save_file
 
 from nnato.errors import FileFormatError, OutputError
-from nnato.storage import SCHEMA, atomic, cache_dir, prepare_cache, prepare_folder, read_artifact, read_metadata, write_artifact
+from nnato.storage import (
+    SCHEMA,
+    atomic,
+    atomic_folder,
+    cache_dir,
+    prepare_cache,
+    prepare_folder,
+    read_artifact,
+    read_metadata,
+    write_artifact,
+)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.zeros(0, dtype=torch.float64)}
 
@@ -105,6 +117,40 @@ def test_orphans_of_killed_processes_are_removed(file):
     assert mine.exists()
 
 
+def test_files_that_belong_together_are_replaced_together(tmp_path):
+    for name in ("a", "b", "last", "other"):
+        (tmp_path / name).write_text("old")
+    with atomic_folder(tmp_path, "last") as scratch:
+        for name in ("a", "b", "last"):
+            (scratch / name).write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new", "last": "new", "other": "old"}
+    with pytest.raises(OutputError, match="nothing was replaced"), atomic_folder(tmp_path, "last") as scratch:
+        (scratch / "a").write_text("newer")
+        raise OSError(28, "No space left on device")
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_whoever_finds_the_last_file_finds_what_belongs_to_it(tmp_path, monkeypatch, failing):
+    """Whatever step of the replacement is the first that does not happen."""
+    for name in ("a", "b", "last"):
+        (tmp_path / name).write_text("old")
+    left, replace = [failing], os.replace
+
+    def counted(*arguments):
+        if not left[0]:
+            raise OSError("stopped")
+        left[0] -= 1
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", counted)
+    with contextlib.suppress(OutputError), atomic_folder(tmp_path, "last") as scratch:
+        for name in ("a", "b", "last"):
+            (scratch / name).write_text("new")
+    if (tmp_path / "last").exists():
+        assert len({path.read_text() for path in tmp_path.iterdir()}) == 1
+
+
 def test_folders_that_cannot_be_written_to(tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()
@@ -149,3 +195,27 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         assert read_artifact(file, "thing")[1]["n"] == 3
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_lock_leaves_nothing_and_is_held_by_one_process_at_a_time(tmp_path):
+    """Processes that fight for it, each reading and writing a number while it holds it: no increment is lost."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from nnato.errors import OutputError\n"
+        "from nnato.storage import exclusive\n"
+        "folder, done = Path(sys.argv[1]), 0\n"
+        "while done < 100:\n"
+        "    try:\n"
+        "        with exclusive(folder):\n"
+        "            number = int((folder / 'number').read_text())\n"
+        "            (folder / 'number').write_text(str(number + 1))\n"
+        "            done += 1\n"
+        "    except OutputError:\n"
+        "        time.sleep(0.001)\n"
+    )
+    (tmp_path / "number").write_text("0")
+    rivals = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [rival.wait(60) for rival in rivals] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["number"]
+    assert (tmp_path / "number").read_text() == "300"

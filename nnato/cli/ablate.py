@@ -104,7 +104,6 @@ def command(
     from nnato.perplexity import ablate, check_interventions, check_operator, choose_sequences, corpus_of
     from nnato.positions import Draws
     from nnato.sites import default_pairs
-    from nnato.storage import prepare_folder
 
     draws = Draws.parse(positions, seed, seeds)
     names = [name.strip() for name in interventions.split(",") if name.strip()]
@@ -122,8 +121,7 @@ def command(
         raise OperatorError("--steer belongs to the intervention steer: name it in --interventions")
     directions = None if features is None else read_directions(features)
     vector = None if steer is None else _one(read_directions(steer), steer) * scale
-    if out is not None:
-        prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     chosen: list[TransportOperator] = [TransportOperator.load(path) for path in operators]
     remote = remotely.take_remote_options(text, dtype)
     server = remote.check()
@@ -167,11 +165,11 @@ def command(
                 progress=progress,
             )
     record = [result.to_json() for result in results]
-    if out is not None:
+    if folder is not None:
         from nnato.plots import ablation_bars
 
-        common.write_json(out.expanduser() / "ablation.json", record)
-        ablation_bars(results, out.expanduser() / "ablation.png", common.about(info.fingerprint(), blocks.fingerprint))
+        common.write_json(folder / "ablation.json", record)
+        ablation_bars(results, folder / "ablation.png", common.about(info.fingerprint(), blocks.fingerprint))
     if as_json:
         common.print_json(info.fingerprint(), blocks.fingerprint, record, seed)
         return

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import click
 
@@ -170,6 +170,25 @@ def parse_pair_options(pairs: str | None, source: str | None, leap: str | None, 
     if source is not None and leap is not None:
         return pairs_from_leaps(ResidualSite.parse(source, blocks), parse_leaps(leap), blocks)
     return None
+
+
+@overload
+def output_folder(out: Path) -> Path: ...
+@overload
+def output_folder(out: None) -> None: ...
+def output_folder(out: Path | None) -> Path | None:
+    """Make and check the folder of `--out`, before work starts, and keep it to this command until it ends.
+
+    Raises:
+        OutputError: It cannot be written to, or another process works on it.
+    """
+    from nnato.storage import exclusive, prepare_folder
+
+    if out is None:
+        return None
+    folder = prepare_folder(out.expanduser())
+    click.get_current_context().with_resource(exclusive(folder))
+    return folder
 
 
 def open_moments(path: Path | None, progress: Progress) -> Accumulated:

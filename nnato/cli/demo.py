@@ -40,9 +40,8 @@ def command(model: str | None, out: Path, device: str | None, dtype: str, as_jso
     from nnato.perplexity import ablate, choose_sequences
     from nnato.plots import ablation_bars, r2_heat_maps
     from nnato.sites import default_pairs
-    from nnato.storage import prepare_folder
 
-    folder = prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     with common.progress_bar() as progress:
         loaded = common.load(model, device, dtype, progress)
         info = describe(loaded)

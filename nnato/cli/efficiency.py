@@ -43,13 +43,11 @@ def command(
     from nnato.efficiency import PAPER_NOTE, paper_efficiencies, transport_efficiency
     from nnato.errors import SiteError
     from nnato.sites import parse_pairs
-    from nnato.storage import prepare_folder
 
     chosen_ranks = common.parse_ranks(ranks)
     if pairs is not None and (target is not None or leap is not None):
         raise SiteError("give --pairs, or --target with --leap, not both")
-    if out is not None:
-        prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     if preset is not None:
         common.note(PAPER_NOTE)
     with common.progress_bar() as progress:
@@ -64,10 +62,10 @@ def command(
         else:
             ours = transport_efficiency(accumulated, chosen, ranks=chosen_ranks, force=force, progress=progress)
     record = [result.to_json() for result in ours or papers]
-    if out is not None:
+    if folder is not None:
         from nnato import plots
 
-        folder, about = out.expanduser(), common.about(accumulated.model, accumulated.text)
+        about = common.about(accumulated.model, accumulated.text)
         common.write_json(folder / "efficiency.json", record)
         common.write_csv(folder / "efficiency.csv", [_row(entry, point) for entry in record for point in entry["efficiency"]])
         if papers:

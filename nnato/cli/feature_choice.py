@@ -68,9 +68,8 @@ def select(
     from nnato.dictionaries import load_dictionary
     from nnato.feature_selection import select_features
     from nnato.models import describe
-    from nnato.storage import prepare_folder
 
-    share, folder = _share(top), prepare_folder(out.expanduser())
+    share, folder = _share(top), common.output_folder(out)
     dictionary = load_dictionary(sae)
     with common.progress_bar() as progress:
         loaded = common.load(model or dictionary.model.get("name"), device, dtype, progress)

@@ -47,12 +47,11 @@ def show(
     from nnato.dictionaries import load_dictionary
     from nnato.errors import DictionaryError
     from nnato.feature_page import describe_feature, write_feature_page
-    from nnato.storage import prepare_folder
 
     site, colon, number = feature.rpartition(":")
     if not colon or not site or not (number.isascii() and number.isdecimal() and len(number) < 10):
         raise DictionaryError(f"feature {feature!r}: write site:latent, for example 9:1234")
-    folder = None if out is None else prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     dictionary = load_dictionary(sae)
     with common.progress_bar() as progress:
         accumulated = common.open_moments(moments, progress)
@@ -78,7 +77,7 @@ def _show(found: Feature) -> None:
     from nnato.feature_page import shown
 
     title = f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens"
-    table = _table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act. R²", "F. R²", "AUC"))
+    table = _table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act.", "F", "AUC"))
     for row in found.rows:
         active = row["active"]
         scores = ("–",) * 3 if active is None else (shown(active["r2"]["value"]), shown(active["latent_r2"]), shown(active["auc"]))
@@ -95,5 +94,7 @@ def _show(found: Feature) -> None:
         common.console().print(line, soft_wrap=True, highlight=False)
     if found.link is not None:
         common.say(found.link)
-    notes = "R² with its 95 % interval over documents; act. R²: of active tokens; F. R²: of the feature's activation; the verdict is this feature's own."
+    notes = (
+        "R² with its 95 % interval over documents; act.: R² of active tokens; F: R² of the feature's activation; the verdict is its own"
+    )
     common.console().print(notes, style="dim", highlight=False)

@@ -42,6 +42,11 @@ def command() -> None:
 @click.option("--random", type=click.IntRange(min=1), default=512, show_default=True, help="Random directions to judge beside them.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of these, and of controls that are active as often.")
 @click.option("--moments-only", is_flag=True, help="Do not read the test documents again: scores of all tokens only.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    help="Encode predictions of one test token in so many; 1 for all.  [default: so many that about 4,096 tokens are]",
+)
 @click.option("--force", is_flag=True, help="Go on with fewer than 5 effective tokens per dimension.")
 @click.option("--device", help="Where to run: cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers (JSON, CSV), figures, and checkpoints of the pass.")
@@ -59,6 +64,7 @@ def _evaluate(
     random: int,
     seed: int,
     moments_only: bool,
+    sample: int | None,
     force: bool,
     device: str | None,
     out: Path | None,
@@ -82,13 +88,12 @@ def _evaluate(
     from nnato.errors import DictionaryError
     from nnato.feature_pass import feature_pass
     from nnato.features import check_latents, evaluate_features
-    from nnato.storage import prepare_folder
     from nnato.verdicts import Thresholds
 
     limits, selection = Thresholds(high, low, rate), feature_choice.chosen_features(chosen)
     if moments_only and preset is not None:
         raise DictionaryError("the paper's numbers are of active tokens: leave --moments-only away")
-    folder = None if out is None else prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     dictionary = load_dictionary(sae)
     if selection is not None:
         selection.check_fits(dictionary)
@@ -113,6 +118,7 @@ def _evaluate(
                 [result.operator for result in found],
                 None if selection is None else judged,
                 paper=preset == "paper",
+                sample=sample,
                 file=None if folder is None else folder / "pass.safetensors",
                 progress=progress,
             )

@@ -69,13 +69,11 @@ def command(
     from nnato.errors import SiteError
     from nnato.fitting import fit, operator_file
     from nnato.selection import PAPER_NOTE
-    from nnato.storage import prepare_folder
 
     method = _method(preset, metric=metric, select=select, penalty=penalty, standardize=standardize, shrink_to=shrink_to, rank=rank)
     if whole and (pairs or source or leap):
         raise SiteError("--grid means all pairs: give it alone")
-    if out is not None:
-        prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     if preset is not None:
         common.note(PAPER_NOTE)
     with common.progress_bar() as progress:
@@ -84,10 +82,9 @@ def command(
         fits = fit(accumulated, chosen, method=method, tokens=use_tokens, compositions=compose, progress=progress)
     results: list[dict[str, Any]] = [result.to_json() for result in fits]
     written: list[str] = []
-    if out is not None:
+    if folder is not None:
         from nnato.plots import r2_heat_maps
 
-        folder = out.expanduser()
         written = [str(result.operator.save(operator_file(folder, result.operator.pair))) for result in fits]
         r2_heat_maps(fits, folder / "r2.png", method.metric, common.about(accumulated.model, accumulated.text))
         common.write_json(folder / "fit.json", results)

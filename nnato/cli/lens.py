@@ -154,9 +154,8 @@ def _evaluate(
     from nnato.lens_training import evaluate_lens
     from nnato.models import describe
     from nnato.sites import parse_sites
-    from nnato.storage import prepare_folder
 
-    folder = None if out is None else prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     loaded_lens = Lens.load(lens)
     with common.progress_bar() as progress:
         loaded = common.load(model or loaded_lens.model.get("name"), device, dtype, progress)

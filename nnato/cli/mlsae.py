@@ -67,12 +67,6 @@ class _Opened:
         common.print_json(self.info.fingerprint(), None if blocks is None else blocks.fingerprint, results)
 
 
-def _folder(out: Path | None) -> Path | None:
-    from nnato.storage import prepare_folder
-
-    return None if out is None else prepare_folder(out.expanduser())
-
-
 @common.command("train")
 @click.argument("model", required=False)
 @click.option("--layers", default="all", show_default=True, help="all, or a list such as 3,9,15.")
@@ -156,7 +150,7 @@ def _layers(as_json: bool, batch_size: int, as_published: bool, costs: int, out:
     from nnato.layer_stats import layer_distributions, layer_variance_intervals
     from nnato.multilayer import layer_activity
 
-    folder = _folder(out)
+    folder = common.output_folder(out)
     with common.progress_bar() as progress:
         opened = _Opened(options, progress)
         blocks = opened.blocks()
@@ -250,7 +244,7 @@ def _similarity(as_json: bool, latents: str | None, out: Path | None, **options:
 
     from nnato.similarity import cosine_histogram, layer_cosines, max_cosines, token_matches
 
-    folder = _folder(out)
+    folder = common.output_folder(out)
     with common.progress_bar() as progress:
         opened = _Opened(options, progress)
         blocks = opened.blocks()
@@ -313,7 +307,7 @@ def _examples(as_json: bool, batch_size: int, latents: str | None, layer: str | 
     """
     from nnato.top_examples import busiest, top_examples
 
-    folder = _folder(out)
+    folder = common.output_folder(out)
     chosen = _numbers(latents)
     with common.progress_bar() as progress:
         opened = _Opened(options, progress)
@@ -402,7 +396,7 @@ def _transport(as_json: bool, batch_size: int, moments: Path | None, out: Path |
     from nnato.fitting import fit
     from nnato.latent_transport import latent_transport
 
-    folder = _folder(out)
+    folder = common.output_folder(out)
     with common.progress_bar() as progress:
         opened = _Opened(options, progress)
         sites = opened.sae.sites

@@ -26,20 +26,17 @@ def command(
     """
     from nnato.scaling import scaling_study
     from nnato.selection import Method
-    from nnato.storage import prepare_folder
 
     method = Method() if metric is None else Method(metric=metric)
-    if out is not None:
-        prepare_folder(out.expanduser())
+    folder = common.output_folder(out)
     with common.progress_bar() as progress:
         accumulated = common.open_moments(moments, progress)
         chosen = common.accumulated_pairs(accumulated, pairs, source, leap)
         results = scaling_study(accumulated, chosen, method=method, progress=progress)
     record = [result.to_json() for result in results]
-    if out is not None:
+    if folder is not None:
         from nnato.plots import scaling_curves
 
-        folder = out.expanduser()
         common.write_json(folder / "scaling.json", record)
         rows = [
             {

@@ -194,6 +194,8 @@ def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -
             known = f"{one['active_r2']['known']}/{len(result.features)}"
             table.add_row(f"{result.pair[0]} → {result.pair[1]}", known, *(f"{one[name]['0.5']:.3f}" for name in names))
         console().print(table)
+        some = one["sampled"]
+        say(f"latent R² to AUC: of {some['tokens']:,} of {one['tokens']:,} tokens, and {some['features']:,} features active in enough")
     if "paper" in entries[0]:
         table = _table("the paper's numbers of active tokens: mean (median)", ("", *(f"{one.pair[0]} → {one.pair[1]}" for one in results)))
         for name in entries[0]["paper"]:
