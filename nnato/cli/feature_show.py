@@ -94,7 +94,5 @@ def _show(found: Feature) -> None:
         common.console().print(line, soft_wrap=True, highlight=False)
     if found.link is not None:
         common.say(found.link)
-    notes = (
-        "R² with its 95 % interval over documents; act.: R² of active tokens; F: R² of the feature's activation; the verdict is its own"
-    )
+    notes = "R² with its 95 % interval over documents; act.: R² of active tokens; F: R² of the feature's activation; the verdict is its own"
     common.console().print(notes, style="dim", highlight=False)
