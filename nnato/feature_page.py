@@ -98,7 +98,7 @@ def describe_feature(
     if examples < 1:
         raise DictionaryError(f"{examples} examples: ask for at least one")
     results = evaluate_features(accumulated, dictionary, pairs, [latent], force=force, progress=progress)
-    passed = feature_pass(model, blocks, dictionary, [one.operator for one in results], [latent], progress=progress)
+    passed = feature_pass(model, blocks, dictionary, [one.operator for one in results], [latent], sample=1, progress=progress)
     reason = REASONS[int(passed.reasons()[0])]
     rows = []
     for result, one in zip(results, passed.scores, strict=True):

@@ -327,7 +327,6 @@ def feature_pass(
         "split": split,
         "dictionary": dictionary.fingerprint()["digest"],
         "operators": [[operator.source.key, operator.target.key, operator.name, _digest(operator)] for operator in operators],
-        "paper": paper,
         "latents": latents.tolist(),
         "sample": sample,
         "batch_size": batch_size,
