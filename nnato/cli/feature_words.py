@@ -29,7 +29,8 @@ def explain(file: Path, sae: str | None, neuronpedia: str | None, export: Path |
     \b
     Examples:
       nnato features explain selected/selected.json
-      nnato features explain list.json --neuronpedia gemma-2-2b/20-gemmascope-res-16k --export batch-0.jsonl.gz
+      nnato features explain list.json --export batch-0.jsonl.gz \\
+        --neuronpedia gemma-2-2b/20-gemmascope-res-16k
     """
     from nnato import explanations
     from nnato.dictionaries import NEURONPEDIA, load_dictionary

@@ -78,7 +78,8 @@ def _evaluate(
     \b
     Examples:
       nnato features evaluate --target 9 --sae sae-9/
-      nnato features evaluate --target 9 --sae sae-9/ --features selected/selected.json
+      nnato features evaluate --target 9 --sae sae-9/ \\
+        --features selected/selected.json
       nnato features evaluate moments/ --target 20 --leap 1-8 \\
         --sae gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical
     """
