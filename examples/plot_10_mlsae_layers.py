@@ -39,8 +39,8 @@ from nnato.layer_plots import layer_figure
 layer_figure(activity, Path("layers.png"), f"gemma-3-270m, python-docs, {activity.stats.tokens:,} test tokens")
 
 # %%
-# How much more does the layer of a latent vary over the text than at a token? Exactly, by the law of total variance, counting each active pair
-# of token and latent by its activation or all alike; and as the authors' code has it, whose terms are no variances.
+# How much more does the layer of a latent vary over the text than at a token? Exactly, by the law of total variance, counting each active
+# pair of token and latent by its activation or all alike; and as the authors' code has it, whose terms are no variances.
 from nnato.layer_stats import WEIGHTS, layer_variance_intervals
 
 for weights in WEIGHTS:
@@ -48,6 +48,6 @@ for weights in WEIGHTS:
     print(f"{weights:>10}: aggregated over single-token variance {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
 
 # %%
-# **What this shows.** With the same sums, the published formula gives a ratio many times the exact one: most of the "two orders of magnitude"
-# is its normalisation. How far the exact ratio is above 1 says how much the layers of a latent depend on the token. From more text, with
-# more latents: :doc:`/mlsae`.
+# **What this shows.** With the same sums, the published formula gives a ratio many times the exact one: most of the "two orders of
+# magnitude" is its normalisation. How far the exact ratio is above 1 says how much the layers of a latent depend on the token. From more
+# text, with more latents: :doc:`/mlsae`.
