@@ -128,6 +128,7 @@ def _restore(
     """Take over a checkpoint of the same request; the batch to go on with."""
     require_entries(metadata, file, cursor=int, medians=dict, excluded=dict, sinks=list)
     require(mine.start <= metadata["cursor"] <= mine.stop, file, "its cursor lies outside of the text")
+    require(all(type(count) is int for count in metadata["excluded"].values()), file, "excluded holds something else than counts")
     try:
         classes.medians = torch.tensor([metadata["medians"][str(site)] for site in statistic.sites], dtype=torch.float64)
         classes.excluded.update(metadata["excluded"])

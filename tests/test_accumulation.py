@@ -210,6 +210,29 @@ def test_without_a_readable_checkpoint_nothing_is_overwritten(model, corpus, tmp
     assert (tmp_path / FILE).read_bytes() == b"damaged"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cursor": 10**6}, "its cursor lies outside of the text"),
+        ({"cursor": -1}, "its cursor lies outside of the text"),
+        ({"medians": {}}, "is inconsistent"),
+        ({"medians": []}, "medians is not a dict"),
+        ({"sinks": [[1, 2]]}, "is inconsistent"),
+        ({"excluded": {"sink": "many"}}, "excluded holds something else than counts"),
+        ({"rows": None}, "lack some of their tensors"),
+    ],
+    ids=str,
+)
+def test_checkpoints_whose_contents_do_not_fit_are_refused(model, corpus, tmp_path, change, message):
+    """Of the same request, so that they would be resumed."""
+    stopped_after(model, corpus, tmp_path, 3)
+    tensors, metadata = read_artifact(tmp_path / FILE, "moments")
+    own = {key: entry for key, entry in metadata.items() if key not in ("schema", "kind")}
+    write_artifact(tmp_path / FILE, "moments", tensors, {**own, **change})
+    with pytest.raises((FileFormatError, MomentsError), match=message):
+        accumulate(model, corpus, PAIRS, out=tmp_path, batch_size=4)
+
+
 def test_a_second_process_on_the_same_folder_is_refused(model, corpus, tmp_path):
     """A real second process begins while this one is half way, and again when it has ended."""
     other = (
