@@ -21,8 +21,9 @@ COLOURS = ("#2a6f97", "#e09f3e", "#bc4749", "#7f5539")
 
 
 def layer_figure(activity: LayerActivity, path: Path, about: str) -> Path:
-    """Where latents are active: each one's distribution over layers, the mean layers, how far they lie from a layer (0 for a latent that
-    keeps to one), and how many layers are active at a token.
+    """Where latents are active: each one's distribution over layers, the mean layers, and how many layers are active at a token.
+
+    Beside the mean layers, how far they lie from a layer: 0 for a latent that keeps to one.
 
     Args:
         activity: What `layer_activity` returned.
