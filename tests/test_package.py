@@ -43,6 +43,7 @@ ROWS = [
         "similarity",
         "top_examples",
         "prompts",
+        "steering",
         "latent_transport",
         "feature_selection",
         "feature_controls",
