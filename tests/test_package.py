@@ -26,7 +26,7 @@ ROWS = [
     {"trace", "statistics"},
     {"dry_run", "progress"},
     {"models", "moments"},
-    {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals"},
+    {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals", "dip"},
     {"remote_moments", "metrics", "operators", "layer_stats", "sums", "explanations"},
     {"streaming", "ridge", "sparse", "verdicts", "active_scores"},
     {"accumulation", "feature_traits"},
