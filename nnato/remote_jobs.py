@@ -30,11 +30,18 @@ class RemoteJobs(ABC):
         server: Where.
         per_job: Batches in one job, at most. A job never crosses a fold, so a fold that one job can hold has the bits of a local run.
         dtype: Of the residuals on the server, once a job has told.
+
+    Raises:
+        MomentsError: `per_job` is less than 1.
     """
 
     server: Server
     per_job: int
     dtype: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if self.per_job < 1:
+            raise MomentsError(f"{self.per_job} batches in a job: at least 1 is needed")
 
     @property
     @abstractmethod

@@ -203,6 +203,8 @@ def test_what_cannot_be_done_is_refused(served, corpus, tmp_path):
     model, _, server = served
     with pytest.raises(MomentsError, match="a server's jobs are parts of the text already"):
         layer_activity(model, SAE, corpus, server=server, shard=Shard.parse("1/2"), out=tmp_path)
+    with pytest.raises(MomentsError, match="0 batches in a job: at least 1 is needed"):
+        layer_activity(model, SAE, corpus, server=server, per_job=0)
 
 
 def test_residuals_that_are_not_finite_are_named(tmp_path, corpus):
