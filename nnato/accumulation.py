@@ -254,7 +254,7 @@ class _Run:
         moments = TransportMoments(pairs, info.d_model, place, folder, self.products, self.null)
         remote = None
         if self.server is not None:
-            remote = RemoteMoments(self.server, moments, self.per_job, self.keep_excluded)
+            remote = RemoteMoments(self.server, self.per_job, moments, self.keep_excluded)
             remote.announce(blocks, blocks.plan(self.batch_size))
         metadata = stream(
             model,

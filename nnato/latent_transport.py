@@ -15,11 +15,12 @@ import torch
 from scipy import stats
 
 from nnato.accumulation import tokenize
+from nnato.coding import CELLS
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.errors import MomentsError
 from nnato.intervals import Interval, jackknife
 from nnato.models import describe
-from nnato.multilayer import CELLS, MultiLayerSAE
+from nnato.multilayer import MultiLayerSAE
 from nnato.operators import TransportOperator
 from nnato.reduction import TokenClasses, capture
 from nnato.sites import Pair

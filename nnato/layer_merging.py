@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nnato.errors import DictionaryError, FileFormatError, SiteError
-from nnato.layer_stats import LayerStats
+from nnato.layer_stats import LayerStats, Reconstruction
 from nnato.merging import destination, is_merged, joined, read_shards
-from nnato.multilayer import FILE, KIND, Reconstruction, check_layer_file, stored_sums, sums_to_store
+from nnato.multilayer import FILE, KIND, check_layer_file, stored_sums, sums_to_store
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
 from nnato.storage import exclusive, read_artifact, write_artifact

@@ -168,6 +168,73 @@ def _published(q: torch.Tensor, squared_mean: torch.Tensor) -> torch.Tensor:
     )
 
 
+class Reconstruction:
+    """Sums that give, layer by layer, how well residuals are reconstructed; additive.
+
+    Attributes:
+        n: Tokens.
+        mean: Of the residuals, float64 (layers, d_model).
+        power: Their squared deviations from it, by coordinate, float64 (layers, d_model).
+        errors: Squared errors, float64 (layers,).
+        active: Active latents, float64 (layers,).
+        strength: Σ of activations, float64 (layers,).
+    """
+
+    def __init__(self, layers: int, d_model: int, device: torch.device | str = "cpu") -> None:
+        self.n = 0
+        self.mean, self.power = (torch.zeros(layers, d_model, dtype=torch.float64, device=device) for _ in range(2))
+        self.errors, self.active, self.strength = (torch.zeros(layers, dtype=torch.float64, device=device) for _ in range(3))
+
+    def add(self, x: torch.Tensor, error: torch.Tensor, values: torch.Tensor) -> None:
+        """Add tokens: residuals and errors, float (layers, n, d_model), and activations, float (layers, n, k)."""
+        if not x.shape[1]:
+            return
+        part = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
+        rows = x.double()
+        part.n = rows.shape[1]
+        part.mean = rows.mean(1)
+        part.power = (rows - part.mean[:, None]).square().sum(1)
+        part.errors = error.double().square().sum((1, 2))
+        part.active = (values > 0).sum((1, 2)).double()
+        part.strength = values.double().sum((1, 2))
+        whole = self.merge(part)
+        self.__dict__.update(whole.__dict__)
+
+    def merge(self, other: Reconstruction) -> Reconstruction:
+        """The sums over both sets of tokens (Chan's formula)."""
+        whole = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
+        whole.n = self.n + other.n
+        share = other.n / max(whole.n, 1)
+        step = other.mean - self.mean
+        whole.mean = self.mean + share * step
+        whole.power = self.power + other.power + self.n * share * step.square()
+        for name in ("errors", "active", "strength"):
+            setattr(whole, name, getattr(self, name) + getattr(other, name))
+        return whole
+
+    @property
+    def joint_power(self) -> torch.Tensor:
+        """Squared deviations from the mean over tokens *and* coordinates, as the authors take them; float64 (layers,)."""
+        return self.power.sum(1) + self.n * (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name."""
+        return {name: getattr(self, name) for name in ("mean", "power", "errors", "active", "strength")}
+
+    def take(self, tokens: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over stored sums.
+
+        Raises:
+            MomentsError: They do not fit.
+        """
+        for name, mine in self.tensors().items():
+            stored = tensors.get(name)
+            if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype or not bool(torch.isfinite(stored).all()):
+                raise MomentsError(f"the stored layer statistics lack errors.{name}, or it has another shape, or is not finite")
+            mine.copy_(stored)
+        self.n = tokens
+
+
 # ---- the variance of the layer -----------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,14 @@ from nnato.corpus import SPLITS, Corpus, TokenBlocks
 from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, SiteError
 from nnato.intervals import Interval, share_explained
-from nnato.layer_stats import LayerStats, merged
+from nnato.layer_stats import LayerStats, Reconstruction, merged
 from nnato.lens import FILE as LENS_FILE
 from nnato.lens import Lens
 from nnato.models import ModelInfo, describe
+from nnato.operators import AffineMap
 from nnato.reduction import SINK_RATIO
+from nnato.remote import Server
+from nnato.remote_layers import RemoteLayers, add_tokens
 from nnato.shards import Shard
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress, ResidualBatch
@@ -33,8 +36,6 @@ KIND = "layer-stats"
 FILE = "layers.safetensors"
 TOKENS = 100_000
 """Tokens of all splits in the default text, of two blocks per document."""
-CELLS = 1 << 24
-"""Pre-activations held at once: rows are encoded in portions."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,18 @@ class MultiLayerSAE:
             Activations, float32 (…, k), some of which may be zero, and their latents, int64 (…, k). k is that of a TopK dictionary, for
             others the largest number of active latents.
         """
-        rows = shared.reshape(-1, shared.shape[-1])
-        values, latents = [], []
-        for part in torch.split(rows, max(CELLS // self.latents, 1)):
-            found = self.dictionary.encode_sparse(part) if self.dictionary.kind == "topk" else _sparse(self.dictionary.encode(part))
-            values.append(found[0])
-            latents.append(found[1])
-        width = max((one.shape[1] for one in values), default=1)
-        shape = (*shared.shape[:-1], width)
-        return (
-            torch.cat([_padded(one, width) for one in values]).reshape(shape),
-            torch.cat([_padded(one, width) for one in latents]).reshape(shape),
-        )
+        return self.dictionary.codes(shared)
 
     def decode(self, values: torch.Tensor, latents: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         """Reconstructions in the space of `shared`, float32 (…, d_model), from codes as `encode` gives them."""
         return self.dictionary.decode_sparse(values, latents, shared)
+
+    def translators(self) -> tuple[AffineMap | None, ...]:
+        """What `shared` does to each layer, as plain maps in float32, which can travel to a server; None where it does nothing."""
+        lens = self.lens
+        if lens is None:
+            return (None,) * len(self.sites)
+        return tuple(None if site == lens.last else _plain(lens.translators[site]) for site in self.sites)
 
     def check_fits(self, info: ModelInfo) -> None:
         """Refuse it for another model.
@@ -113,15 +110,8 @@ class MultiLayerSAE:
         return {"dictionary": self.dictionary.fingerprint(), "sites": sites, "lens": None if self.lens is None else self.lens.digest}
 
 
-def _sparse(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest activations of each row, as many as the busiest row has."""
-    width = max(int((dense > 0).sum(-1).max()) if len(dense) else 1, 1)
-    values, latents = torch.topk(dense, width, dim=-1, sorted=False)
-    return values, latents
-
-
-def _padded(found: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(found, (0, width - found.shape[1]))
+def _plain(one: AffineMap) -> AffineMap:
+    return AffineMap.make(one.source, one.target, one.weight.float(), one.source_mean.float(), one.target_mean.float())
 
 
 def load_multilayer(
@@ -157,60 +147,6 @@ def load_multilayer(
 # ---- one pass over a text ----------------------------------------------------------------------------------------------------
 
 
-class Reconstruction:
-    """Sums that give, layer by layer, how well residuals are reconstructed; additive.
-
-    Attributes:
-        n: Tokens.
-        mean: Of the residuals, float64 (layers, d_model).
-        power: Their squared deviations from it, by coordinate, float64 (layers, d_model).
-        errors: Squared errors, float64 (layers,).
-        active: Active latents, float64 (layers,).
-        strength: Σ of activations, float64 (layers,).
-    """
-
-    def __init__(self, layers: int, d_model: int, device: torch.device | str = "cpu") -> None:
-        self.n = 0
-        self.mean, self.power = (torch.zeros(layers, d_model, dtype=torch.float64, device=device) for _ in range(2))
-        self.errors, self.active, self.strength = (torch.zeros(layers, dtype=torch.float64, device=device) for _ in range(3))
-
-    def add(self, x: torch.Tensor, error: torch.Tensor, values: torch.Tensor) -> None:
-        """Add tokens: residuals and errors, float (layers, n, d_model), and activations, float (layers, n, k)."""
-        if not x.shape[1]:
-            return
-        part = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
-        rows = x.double()
-        part.n = rows.shape[1]
-        part.mean = rows.mean(1)
-        part.power = (rows - part.mean[:, None]).square().sum(1)
-        part.errors = error.double().square().sum((1, 2))
-        part.active = (values > 0).sum((1, 2)).double()
-        part.strength = values.double().sum((1, 2))
-        whole = self.merge(part)
-        self.__dict__.update(whole.__dict__)
-
-    def merge(self, other: Reconstruction) -> Reconstruction:
-        """The sums over both sets of tokens (Chan's formula)."""
-        whole = Reconstruction(self.mean.shape[0], self.mean.shape[1], self.mean.device)
-        whole.n = self.n + other.n
-        share = other.n / max(whole.n, 1)
-        step = other.mean - self.mean
-        whole.mean = self.mean + share * step
-        whole.power = self.power + other.power + self.n * share * step.square()
-        for name in ("errors", "active", "strength"):
-            setattr(whole, name, getattr(self, name) + getattr(other, name))
-        return whole
-
-    @property
-    def joint_power(self) -> torch.Tensor:
-        """Squared deviations from the mean over tokens *and* coordinates, as the authors take them; float64 (layers,)."""
-        return self.power.sum(1) + self.n * (self.mean - self.mean.mean(1, keepdim=True)).square().sum(1)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All sums by name."""
-        return {name: getattr(self, name) for name in ("mean", "power", "errors", "active", "strength")}
-
-
 class LayerStatistic:
     """A `statistics.Statistic`: layer statistics and reconstruction of a multi-layer SAE, by fold.
 
@@ -236,12 +172,12 @@ class LayerStatistic:
             NonFinite: With the place; nothing was added.
         """
         batch.check_finite()
-        shared = self.sae.shared(batch.residuals[:, batch.ordinary])
-        values, latents = self.sae.encode(shared)
-        error = self.sae.decode(values, latents, shared) - shared
-        stats, errors = self._fold(batch.fold)
-        stats.add(values, latents)
-        errors.add(shared, error, values)
+        add_tokens(self.sae.dictionary, self.sae.shared(batch.residuals[:, batch.ordinary]), *self._fold(batch.fold))
+
+    def merge(self, fold: int, stats: LayerStats, errors: Reconstruction) -> None:
+        """Add sums of other tokens of a fold."""
+        mine = self._fold(fold)
+        self.folds[fold], self.errors[fold] = mine[0].merge(stats), mine[1].merge(errors)
 
     def _fold(self, fold: int) -> tuple[LayerStats, Reconstruction]:
         if fold not in self.folds:
@@ -277,13 +213,8 @@ def stored_sums(
     for key, count in metadata["tokens"].items():
         stats, errors = LayerStats(sites, latents), Reconstruction(len(sites), metadata["d_model"])
         stats.take(count, {name: tensors[f"{key}.{name}"] for name in stats.tensors() if f"{key}.{name}" in tensors})
-        for name, mine in errors.tensors().items():
-            stored = tensors.get(f"{key}.errors.{name}")
-            fits = stored is not None and stored.shape == mine.shape and stored.dtype == mine.dtype
-            if stored is None or not fits or not bool(torch.isfinite(stored).all()):
-                raise MomentsError(f"the stored layer statistics lack {key}.errors.{name}, or it has another shape, or is not finite")
-            mine.copy_(stored)
-        errors.n = count
+        names = {name: f"{key}.errors.{name}" for name in errors.tensors()}
+        errors.take(count, {name: tensors[stored] for name, stored in names.items() if stored in tensors})
         folds[int(key)], reconstruction[int(key)] = stats, errors
     return folds, reconstruction
 
@@ -361,6 +292,8 @@ def layer_activity(
     split: str = "test",
     out: str | Path | None = None,
     batch_size: int = 8,
+    server: Server | None = None,
+    per_job: int = 64,
     shard: Shard | None = None,
     progress: Progress | None = None,
 ) -> LayerActivity:
@@ -373,23 +306,27 @@ def layer_activity(
         split: Which documents are read.
         out: A folder for checkpoints and the result; the same call resumes.
         batch_size: Token blocks per forward pass; also what the published numbers take for a batch.
+        server: Run the forward passes, encoding and decoding on it, e.g. `NdifServer()`: the SAE's weights travel there with each job, and
+            sums come back, however many tokens there are. A failed job is all that a rerun repeats.
+        per_job: Batches in one job on a server, at most.
         shard: Read this part of the text only; `layer_merging.merge_layer_shards` puts all of them together.
         progress: Told of tokens read and batches done.
 
     Raises:
         DictionaryError: The SAE is of another model.
         TextError: The text cannot be read or is too short.
-        MomentsError: `out` holds statistics of another request, or a shard has no `out`.
+        MomentsError: `out` holds statistics of another request, or a shard has no `out`, or one is given with a server.
         ActivationError: A residual is not finite.
+        RemoteError: A job on the server failed.
         OutputError: `out` cannot be written.
     """
     info = describe(model)
     sae.check_fits(info)
-    if shard is not None and out is None:
-        raise MomentsError("a shard needs a folder to keep it in (out)")
+    if shard is not None and (out is None or server is not None):
+        raise MomentsError("a shard needs a folder to keep it in (out), and runs here: a server's jobs are parts of the text already")
     file = None if out is None else prepare_folder(Path(out).expanduser()) / FILE
     blocks = tokenize(model, corpus or Corpus(tokens=TOKENS), progress).only(split)
-    device = next(model._module.parameters()).device
+    device = next(model._module.parameters()).device if server is None else torch.device("cpu")
     statistic = LayerStatistic(MultiLayerSAE(sae.dictionary.to(device), sae.sites, sae.lens), info.d_model)
     request = {
         "schema": SCHEMA,
@@ -400,7 +337,24 @@ def layer_activity(
         "sink_ratio": SINK_RATIO,
     }
     about = {"model": info.fingerprint(), "text": blocks.fingerprint, "split": split}
-    stream(model, blocks, statistic, request, about, file=file, kind=KIND, batch_size=batch_size, shard=shard, progress=progress)
+    remote = None
+    if server is not None:
+        coder = statistic.sae.dictionary.plain(device)
+        remote = RemoteLayers(server, per_job, coder, sae.sites, sae.translators(), statistic.merge)
+        remote.announce(blocks, blocks.plan(batch_size))
+    stream(
+        model,
+        blocks,
+        statistic,
+        request,
+        about,
+        file=file,
+        kind=KIND,
+        batch_size=batch_size,
+        remote=remote,
+        shard=shard,
+        progress=progress,
+    )
     return _activity(statistic, {**about, "sae": sae.fingerprint()})
 
 

@@ -1,4 +1,4 @@
-"""From residuals to sums, where the model is: capture, token classes, and the moments of some batches.
+"""From residuals to sums, where the model is: capture, token classes, and the sums of some batches.
 
 Everything here is plain functions and classes on torch and traces, so that it can run on a server where nnato is not installed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -94,51 +94,80 @@ def classify(
     return candidates & ~sink, sink, medians
 
 
+class Sums(Protocol):
+    """What a job adds up: an instance of a plain class, which travels to the server while it is empty."""
+
+    def add(self, residuals: torch.Tensor, ordinary: torch.Tensor, excluded: torch.Tensor, documents: torch.Tensor) -> None:
+        """Add a batch; the arguments are what `ResidualBatch` calls them."""
+
+    def packed(self) -> dict[str, Any]:
+        """All sums as plain data, for the way back."""
+
+
+class MomentSums:
+    """Moments of some batches of one fold.
+
+    Args:
+        pairs: (source, target) pairs.
+        d_model: Width of the residual stream.
+        keep_excluded: Whether to add up excluded tokens too.
+        keep_shuffled: Whether to add up shuffled pairs.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], d_model: int, keep_excluded: bool, keep_shuffled: bool) -> None:
+        self.pairs, self.d_model, self.keep_excluded, self.keep_shuffled = pairs, d_model, keep_excluded, keep_shuffled
+        self.ordinary: Moments | None = None
+        self.excluded: Moments | None = None
+        self.shuffled: Moments | None = None
+
+    def add(self, residuals: torch.Tensor, ordinary: torch.Tensor, excluded: torch.Tensor, documents: torch.Tensor) -> None:
+        """Add a batch."""
+        if self.ordinary is None:  # only residuals say where the model computes: a sandbox's own copy of the model has no weights
+            device = residuals.device
+            self.ordinary = Moments.of_pairs(self.pairs, self.d_model, device)
+            self.excluded = Moments.of_pairs(self.pairs, self.d_model, device) if self.keep_excluded else None
+            self.shuffled = Moments(self.pairs, self.d_model, device) if self.keep_shuffled else None
+        add_batch(residuals, ordinary, excluded, documents, self.ordinary, self.excluded, self.shuffled)
+
+    def packed(self) -> dict[str, Any]:
+        """Packed moments by name: `ordinary`, `excluded`, `shuffled`."""
+        parts = {"ordinary": self.ordinary, "excluded": self.excluded, "shuffled": self.shuffled}
+        return {name: pack(part) for name, part in parts.items() if part is not None}
+
+
 def collect(
     model: TransformersModel,
     label: str,
     batches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    pairs: Sequence[Pair],
-    d_model: int,
+    sites: Sequence[ResidualSite],
     medians: torch.Tensor | None,
-    keep_excluded: bool,
-    keep_shuffled: bool,
+    sums: Sums,
 ) -> dict[str, Any]:
-    """Reduce some batches of one fold to moments; plain torch and traces, so that it runs as one job on a server.
+    """Reduce some batches of one fold to sums; plain torch and traces, so that it runs as one job on a server.
 
     Args:
         model: The model.
         label: Comes back as it is.
         batches: Of each batch its ids, mask, special tokens (as in `TokenBatch`) and document numbers.
-        pairs: (source, target) pairs.
-        d_model: Width of the residual stream.
+        sites: Where residuals are read.
         medians: Median norms of the sites, once they are known.
-        keep_excluded: Whether to add up excluded tokens too.
-        keep_shuffled: Whether to add up shuffled pairs.
+        sums: What is added up.
 
     Returns:
-        Plain data: packed moments by name (`ordinary`, `excluded`, `shuffled`), `medians`, counts of excluded tokens by reason, sink tokens
-        with their counts, the dtype of the residuals; or, of the first value that is not finite, only its place.
+        Plain data: what `sums` packs, `medians`, counts of excluded tokens by reason, sink tokens with their counts, the dtype of the
+        residuals; or, of the first value that is not finite, only its place.
     """
-    classes = TokenClasses(medians)
-    sites, dtype = Moments.of_pairs(pairs, 0).sites, ""
-    ordinary = excluded = shuffled = None
+    classes, dtype = TokenClasses(medians), ""
     for number, (ids, mask, special, documents) in enumerate(batches):
         residuals = capture(model, ids, sites)
-        if ordinary is None:  # only residuals say where the model computes: a sandbox's own copy of the model has no weights
-            device, dtype = residuals.device, str(residuals.dtype).removeprefix("torch.")
-            ordinary = Moments.of_pairs(pairs, d_model, device)
-            excluded = Moments.of_pairs(pairs, d_model, device) if keep_excluded else None
-            shuffled = Moments(pairs, d_model, device) if keep_shuffled else None
+        dtype = str(residuals.dtype).removeprefix("torch.")
         if place := non_finite(residuals, mask.to(residuals.device)):
             return {"label": label, "not_finite": [number, *place]}
         chosen = classes.ordinary(ids, mask, special, residuals)
         rest = mask.to(chosen.device) & ~chosen
-        add_batch(residuals, chosen, rest, documents.to(chosen.device), ordinary, excluded, shuffled)
-    parts = {"ordinary": ordinary, "excluded": excluded, "shuffled": shuffled}
-    answer = {name: pack(part) for name, part in parts.items() if part is not None}
+        sums.add(residuals, chosen, rest, documents.to(chosen.device))
     counts, sinks = dict(classes.excluded), dict(classes.sinks)
-    return {**answer, "label": label, "medians": classes.medians, "counts": counts, "sinks": sinks, "dtype": dtype}
+    return {**sums.packed(), "label": label, "medians": classes.medians, "counts": counts, "sinks": sinks, "dtype": dtype}
 
 
 def located(place: NonFinite, model: TransformersModel, tokens: TokenBatch) -> ActivationError:

@@ -13,7 +13,7 @@ from nnato.checkpoints import Checkpoints
 from nnato.corpus import TokenBatch, TokenBlocks
 from nnato.errors import FileFormatError, MomentsError
 from nnato.reduction import TokenClasses, capture, classify, located
-from nnato.remote_moments import RemoteMoments
+from nnato.remote_jobs import RemoteJobs
 from nnato.shards import Shard
 from nnato.statistics import NonFinite, Progress, ResidualBatch, Statistic
 from nnato.storage import Metadata, provenance, read_metadata, require, require_entries
@@ -33,7 +33,7 @@ def stream(
     kind: str = "moments",
     batch_size: int = 8,
     checkpoint_every: int = 20,
-    remote: RemoteMoments | None = None,
+    remote: RemoteJobs | None = None,
     medians: torch.Tensor | None = None,
     shard: Shard | None = None,
     progress: Progress | None = None,

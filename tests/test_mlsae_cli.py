@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 
 import numpy as np
@@ -52,6 +53,26 @@ def lens(saved_model, text, tmp_path_factory):
         record = results("lens", "fit", "--model", saved_model, *words, "--out", folder)
     assert record["sites"] == ["embed", *range(BLOCKS)]
     return folder, words
+
+
+def test_layers_on_a_server_are_those_here(trained, tmp_path):
+    folder, words = trained
+    command = ["mlsae", "layers", folder, *words, "--out"]
+    there = invoke(*command, tmp_path / "there", "--dry-run-remote", "--per-job", "2", "--json")
+    assert re.search(r"tokens in \d+ jobs: at most .* to send in all, .* back from each job", there.stderr)
+    here = results(*command, tmp_path / "here")
+    found = json.loads(there.stdout)["results"]
+    assert found["tokens"] == here["tokens"]
+    assert found["means"] == pytest.approx(here["means"], rel=1e-9)
+    for row, wanted in zip(found["metrics"], here["metrics"], strict=True):
+        assert row == {**wanted, "fvu": row["fvu"]} | {
+            key: pytest.approx(wanted[key], rel=1e-9) for key in ("fvu_mlsae", "mse", "l0", "l1")
+        }
+        assert row["fvu"]["value"] == pytest.approx(wanted["fvu"]["value"], rel=1e-9)
+    assert (tmp_path / "there" / "layers.png").is_file()
+    for option in (["--costs", "2"], ["--shard", "1/2"]):
+        refused = invoke(*command, tmp_path / "no", "--dry-run-remote", *option, code=2)
+        assert "--costs and --shard belong to runs here" in refused.stderr
 
 
 def test_layers(trained, tmp_path):

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from nnato.dictionaries import Dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, OperatorError, SiteError
 from nnato.layer_merging import merge_layer_shards
-from nnato.layer_stats import LayerStats, layer_variance
+from nnato.layer_stats import LayerStats, Reconstruction, layer_variance
 from nnato.lens import Lens, logit_lens
 from nnato.models import describe
-from nnato.multilayer import MultiLayerSAE, Reconstruction, layer_activity, load_layer_activity, load_multilayer
+from nnato.multilayer import MultiLayerSAE, layer_activity, load_layer_activity, load_multilayer
 from nnato.operators import TransportOperator
 from nnato.sae_training import standardise
 from nnato.shards import Shard
@@ -79,7 +79,7 @@ def test_codes_of_other_kinds_are_those_of_dense_encoding(monkeypatch):
     dictionary = Dictionary("jumprelu", encoder, zero, decoder, bias, zero[:WIDTH], threshold=zero + 6)
     sae = MultiLayerSAE(dictionary, (ResidualSite(0), ResidualSite(1)))
     x = torch.randn(2, 33, WIDTH, generator=torch.Generator().manual_seed(3)) * 2
-    monkeypatch.setattr("nnato.multilayer.CELLS", LATENTS * 10)  # portions of unequal width
+    monkeypatch.setattr("nnato.coding.CELLS", LATENTS * 10)  # portions of unequal width
     values, latents = sae.encode(x)
     found = torch.zeros(2, 33, LATENTS).scatter_add_(-1, latents, values)
     torch.testing.assert_close(found, dictionary.encode(x))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import BLOCKS, WIDTH, hook_generate, hook_residuals, make_operator, make_tokenizer, put, supply
+from test_multilayer import random_lens, random_sae
 
 from nnato.accumulation import accumulate, load_moments
 from nnato.cli import main
@@ -17,8 +18,10 @@ from nnato.edits import INTERVENTIONS
 from nnato.errors import RemoteError
 from nnato.fitting import fit
 from nnato.models import load_model, wrap
+from nnato.multilayer import layer_activity
 from nnato.perplexity import ablate
 from nnato.remote import NdifServer
+from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace
 
 IDS = torch.tensor([[1, 8, 9, 30, 5, 7], [1, 40, 41, 6, 90, 11]])
@@ -210,6 +213,24 @@ def test_whole_runs_equal_those_here(on_ndif, text, tmp_path):
     results = ablate(model, operators, corpus, server=server, per_job=3, **arguments)
     for result, want in zip(results, ablate(here, operators, corpus, **arguments), strict=True):
         assert result.to_json() == want.to_json()
+
+
+@mostly
+def test_layers_of_a_multi_layer_sae_equal_those_here(on_ndif, text):
+    """Layer statistics and reconstruction, with and without a lens; what travels is weights and sums."""
+    model, module, host = on_ndif
+    here, corpus = wrap(module, make_tokenizer()), Corpus(str(text), context=32, per_document=None, folds=2)
+    server = NdifServer(host, timeout=120)
+    for sae in (random_sae(), random_sae([ResidualSite.EMBED, 2, 3], random_lens())):
+        there = layer_activity(model, sae, corpus, server=server)
+        local = layer_activity(here, sae, corpus)
+        state = 0
+        for found, wanted in zip((*there.folds, *there.reconstruction), (*local.folds, *local.reconstruction), strict=True):
+            for name, tensor in wanted.tensors().items():
+                torch.testing.assert_close(found.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+                state += tensor.nbytes
+        assert there.stats.tokens == local.stats.tokens > 0
+        assert server.received < state / len(local.folds) + 2e4
 
 
 @pytest.mark.parametrize(("on_ndif", "either_way"), CASES[:1], indirect=True)

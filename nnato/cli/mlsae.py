@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nnato.cli import common, training
+from nnato.cli import common, remotely, training
 
 if TYPE_CHECKING:
     from nnato.corpus import TokenBlocks
@@ -37,7 +37,7 @@ out_option = click.option("--out", type=click.Path(path_type=Path), help="Folder
 class _Opened:
     """A model with an SAE that is read with it, and a text."""
 
-    def __init__(self, options: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, options: dict[str, Any], progress: Progress, remote: bool = False) -> None:
         from nnato.dictionaries import load_dictionary
         from nnato.lens import Lens
         from nnato.models import describe
@@ -48,7 +48,7 @@ class _Opened:
         lens = None if options["lens"] is None else Lens.load(options["lens"])
         name = options["model"] or load_dictionary(reference).model.get("name")
         self.progress = progress
-        self.model: TransformersModel = common.load(name, options["device"], options["dtype"], progress)
+        self.model: TransformersModel = common.load(name, options["device"], options["dtype"], progress, remote)
         self.info = describe(self.model)
         sites = None if options["layers"] is None else parse_sites(options["layers"], self.info.blocks)
         self.sae: MultiLayerSAE = load_multilayer(reference, self.info, sites, lens)
@@ -134,10 +134,21 @@ def _import(reference: str, name: str | None, layers: str | None, out: Path, as_
 @common.batch_option
 @click.option("--as-published", is_flag=True, help="Show the authors' numbers, which are no variances, beside the exact ones.")
 @click.option("--shard", metavar="I/N", help="Read only part I of N equal parts of the text, into --out; nnato merge puts them together.")
+@remotely.remote_options
+@click.option("--per-job", type=click.IntRange(min=1), default=64, show_default=True, help="Forward passes in one job on a server.")
 @click.option("--costs", type=int, default=0, help="Replace each layer by its reconstruction in so many sequences.  [default: none]")
 @out_option
 @common.json_option
-def _layers(as_json: bool, batch_size: int, as_published: bool, shard: str | None, costs: int, out: Path | None, **options: Any) -> None:
+def _layers(
+    as_json: bool,
+    batch_size: int,
+    as_published: bool,
+    shard: str | None,
+    costs: int,
+    per_job: int,
+    out: Path | None,
+    **options: Any,
+) -> None:
     """At which layers the latents of SAE are active, how well each layer is reconstructed, and the variance of the layer.
 
     SAE is a folder of nnato mlsae train or import, or any other SAE. Memory does not grow with the text. With --out, a killed run resumes.
@@ -146,23 +157,30 @@ def _layers(as_json: bool, batch_size: int, as_published: bool, shard: str | Non
     Examples:
       nnato mlsae layers mlsae/ --out layers/
       nnato mlsae layers mlsae/ --as-published --costs 8
+      nnato mlsae layers mlsae/ --remote --per-job 256 --out layers/
       nnato mlsae layers mlsae/ --shard 1/8 --out shards/1    # then 2/8 …, and nnato merge
     """
-    from nnato.errors import MomentsError
+    from nnato.errors import MomentsError, RemoteError
     from nnato.fidelity import backward_maps, fidelity
     from nnato.layer_stats import layer_distributions, layer_variance_intervals
     from nnato.multilayer import layer_activity
 
     folder = common.output_folder(out)
+    remote = remotely.take_remote_options(options, options["dtype"])
+    if remote.on and (costs or shard is not None):
+        raise RemoteError("--costs and --shard belong to runs here: leave them out, or --remote and --dry-run-remote")
+    server = remote.check()
     if shard is not None:
         if costs:
             raise MomentsError("--costs belongs to the whole text: give it once the shards are merged")
         _layers_of_a_shard(shard, folder, batch_size, as_json, options)
         return
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = _Opened(options, progress, remote.on)
         blocks = opened.blocks()
-        activity = layer_activity(opened.model, opened.sae, blocks, out=folder, batch_size=batch_size, progress=progress)
+        how: dict[str, Any] = {"out": folder, "batch_size": batch_size, "per_job": per_job, "progress": progress}
+        with remote.open(server, opened.model) as where:
+            activity = layer_activity(opened.model, opened.sae, blocks, server=where, **how)
         back = None
         if costs and opened.sae.lens is not None:
             back = {site: one.map for site, one in backward_maps(opened.model, opened.sae, blocks, progress=progress).items()}
