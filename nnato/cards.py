@@ -128,8 +128,8 @@ def _numbers(activity: LayerActivity) -> list[str]:
         "|---|---|---|---|",
         *rows,
         "",
-        f"A latent's layer varies {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as much over the text as at one token, weighted",
-        "by activation.",
+        f"A latent's layer varies {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as much over the text as at one token,",
+        "weighted by activation.",
         "",
     ]
 

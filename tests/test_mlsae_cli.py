@@ -130,6 +130,48 @@ def test_similarity_examples_and_prompt(trained, tmp_path):
     assert "latest mean layer first" in invoke("mlsae", "prompt", folder, "w3 w5 w7 w9").stdout
 
 
+def test_steer(trained, lens, saved_model, tmp_path):
+    folder, _ = trained
+    record = results("mlsae", "steer", folder, "w3 w5 w7 w9", "--latent", "3", "--layer", "0", "--factor", "0", "--count", "4")
+    assert record["site"] == 0
+    assert record["kl"]["steered"] == 0
+    assert record["top"]["steered"] == record["top"]["model"]
+    assert len(record["top"]["reconstruction"]) == 4
+    shown = invoke("mlsae", "steer", folder, "w3 w5 w7 w9", "--latent", "3", "--layer", "2", "--factor", "-30", "--positions", "all").stdout
+    assert "latent 3, layer 2, factor -30" in shown
+    assert "does not exist" in invoke("mlsae", "steer", folder, "--latent", "3", "--layer", "9", code=2).stderr
+    assert "there is no latent 999" in invoke("mlsae", "steer", folder, "--latent", "999", "--layer", "1", code=2).stderr
+    lens_folder, words = lens
+    recipe = ["--expansion", "4", "-k", "4", "--tokens", "600", "--rows", "128", "--buffer", "512", "--lens", lens_folder]
+    invoke("mlsae", "train", saved_model, *words[:-2], *recipe, "--out", tmp_path)
+    behind = results("mlsae", "steer", tmp_path, "w3 w5 w7 w9", *words, "--latent", "3", "--layer", "1", "--factor", "30")
+    assert behind["kl"]["steered"] > 0
+
+
+def test_sweep(saved_model, text, tmp_path):
+    words = ["--text", text, "--context", "32", "--per-document", "0", "--tokens", "400", "--rows", "64", "--buffer", "256"]
+    arguments = ["mlsae", "sweep", saved_model, "--expansions", "2,1", "--ks", "2,4", *words, "--out", tmp_path]
+    record = results(*arguments)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [(row["expansion"], row["k"]) for row in rows] == [("1", "2"), ("1", "4"), ("2", "2"), ("2", "4")]
+    names = {f"{name}_{what}" for name in ("std", "rel") for what in ("mean", "var", "std", "sem")}
+    assert names <= set(rows[0])
+    assert [float(row["rel_sem"]) for row in rows] == [row["rel_sem"] for row in record]
+    assert "4 SAEs" in invoke(*arguments).stdout
+    assert "--ks 'x': write" in invoke(*arguments, "--ks", "x", code=2).stderr
+    assert "expansion 0: give at least 1" in invoke(*arguments, "--expansions", "0", code=2).stderr
+
+
+def test_card(trained):
+    folder, _ = trained
+    record = results("mlsae", "card", folder)
+    assert set(record["files"]) == {"README.md", "cfg.json", "sae_weights.safetensors"}
+    shown = invoke("mlsae", "card", folder).stdout
+    assert "nothing was sent" in shown
+    assert "cfg.json names paths of this machine" in shown  # the tiny model lies in a folder
+    assert "holds no cfg.json" in invoke("mlsae", "card", folder / "nothing", code=2).stderr
+
+
 def test_transport(trained, tmp_path, monkeypatch):
     from nnato.latent_transport import LatentTransport
 

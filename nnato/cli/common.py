@@ -225,15 +225,15 @@ def pairs_to_target(accumulated: Accumulated, target: str | None, leap: str | No
     return found
 
 
-def parse_ranks(text: str | None) -> tuple[int, ...] | None:
-    """Read a comma-separated list of ranks."""
+def parse_ranks(text: str | None, what: str = "ranks") -> tuple[int, ...] | None:
+    """Read a comma-separated list of ranks, or of other whole numbers."""
     from nnato.errors import MomentsError
 
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
-        raise MomentsError(f"ranks {text!r}: write for example 1,10,100")
+        raise MomentsError(f"{what} {text!r}: write for example 1,10,100")
     return tuple(sorted({int(part) for part in parts}))
 
 

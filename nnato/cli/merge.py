@@ -22,7 +22,7 @@ def command(shards: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     Examples:
       nnato merge shards/* --out moments/
-      nnato merge layer-shards/* --out layers/    # then nnato mlsae layers mlsae/ --out layers/
+      nnato merge layer-shards/* --out layers/    # then nnato mlsae layers
     """
     from nnato.merging import merge_shards
     from nnato.multilayer import FILE

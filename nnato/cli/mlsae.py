@@ -5,66 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from nnato.cli import common, remotely, training
-
-if TYPE_CHECKING:
-    from nnato.corpus import TokenBlocks
-    from nnato.multilayer import MultiLayerSAE
-    from nnato.nnsight_setup import TransformersModel
-    from nnato.statistics import Progress
+from nnato.cli import card, common, remotely, steering, sweeping, training
+from nnato.cli.opening import Opened, out_option, sae_options
 
 
 @click.group("mlsae")
 def command() -> None:
     """Multi-layer sparse autoencoders: one dictionary for all layers (arXiv 2409.04185)."""
-
-
-sae_options = common.options(
-    click.argument("sae"),
-    click.option("--model", help="The model it is read with.  [default: the one it was trained on, else the embedded one]"),
-    click.option("--layers", help="all, or a list such as 3,9,15.  [default: where it was trained, else all]"),
-    click.option("--lens", type=click.Path(path_type=Path), help="A lens to read it through.  [default: the one it was trained with]"),
-    common.text_options,
-    common.model_options,
-)
-out_option = click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers (JSON, CSV) and figures.")
-
-
-class _Opened:
-    """A model with an SAE that is read with it, and a text."""
-
-    def __init__(self, options: dict[str, Any], progress: Progress, remote: bool = False) -> None:
-        from nnato.dictionaries import load_dictionary
-        from nnato.lens import Lens
-        from nnato.models import describe
-        from nnato.multilayer import load_multilayer
-        from nnato.sites import parse_sites
-
-        reference = options["sae"]
-        lens = None if options["lens"] is None else Lens.load(options["lens"])
-        name = options["model"] or load_dictionary(reference).model.get("name")
-        self.progress = progress
-        self.model: TransformersModel = common.load(name, options["device"], options["dtype"], progress, remote)
-        self.info = describe(self.model)
-        sites = None if options["layers"] is None else parse_sites(options["layers"], self.info.blocks)
-        self.sae: MultiLayerSAE = load_multilayer(reference, self.info, sites, lens)
-        self._text = {name: options[name] for name in ("text", "tokens", "context", "per_document", "column")}
-
-    def blocks(self) -> TokenBlocks:
-        """The text, cut and checked."""
-        from nnato.accumulation import tokenize
-        from nnato.corpus import Corpus
-        from nnato.multilayer import TOKENS
-
-        return tokenize(self.model, common.make_corpus(Corpus(tokens=TOKENS), **self._text), self.progress)
-
-    def print_json(self, blocks: TokenBlocks | None, results: Any) -> None:
-        """The JSON object of a command."""
-        common.print_json(self.info.fingerprint(), None if blocks is None else blocks.fingerprint, results)
 
 
 @common.command("train")
@@ -158,7 +109,7 @@ def _layers(
       nnato mlsae layers mlsae/ --out layers/
       nnato mlsae layers mlsae/ --as-published --costs 8
       nnato mlsae layers mlsae/ --remote --per-job 256 --out layers/
-      nnato mlsae layers mlsae/ --shard 1/8 --out shards/1    # then 2/8 …, and nnato merge
+      nnato mlsae layers mlsae/ --shard 1/8 --out shards/1  # then nnato merge
     """
     from nnato.errors import MomentsError, RemoteError
     from nnato.fidelity import backward_maps, fidelity
@@ -176,7 +127,7 @@ def _layers(
         _layers_of_a_shard(shard, folder, batch_size, as_json, options)
         return
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress, remote.on)
+        opened = Opened(options, progress, remote.on)
         blocks = opened.blocks()
         how: dict[str, Any] = {"out": folder, "batch_size": batch_size, "per_job": per_job, "progress": progress}
         with remote.open(server, opened.model) as where:
@@ -227,7 +178,7 @@ def _layers_of_a_shard(label: str, folder: Path | None, batch_size: int, as_json
 
     shard = Shard.parse(label)
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = Opened(options, progress)
         blocks = opened.blocks()
         activity = layer_activity(opened.model, opened.sae, blocks, out=folder, batch_size=batch_size, shard=shard, progress=progress)
     if as_json:
@@ -288,7 +239,7 @@ def _similarity(as_json: bool, latents: str | None, out: Path | None, **options:
 
     folder = common.output_folder(out)
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = Opened(options, progress)
         blocks = opened.blocks()
         layers = layer_cosines(opened.model, opened.sae.sites, blocks, lens=opened.sae.lens, progress=progress)
     best = max_cosines(opened.sae.dictionary.W_dec)
@@ -352,7 +303,7 @@ def _examples(as_json: bool, batch_size: int, latents: str | None, layer: str | 
     folder = common.output_folder(out)
     chosen = _numbers(latents)
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = Opened(options, progress)
         blocks = opened.blocks()
         found = top_examples(opened.model, opened.sae, blocks, count=count, batch_size=batch_size, progress=progress)
     tokenizer = opened.model.tokenizer
@@ -395,7 +346,7 @@ def _prompt(as_json: bool, prompt: str | None, most: int, html: Path | None, **o
     if html is not None:
         prepare_folder(html.expanduser().parent, "choose another --html")
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = Opened(options, progress)
         found = prompt_activity(opened.model, opened.sae, EXAMPLE if prompt is None else prompt)
     if html is not None:
         write_page(found, html)
@@ -440,7 +391,7 @@ def _transport(as_json: bool, batch_size: int, moments: Path | None, out: Path |
 
     folder = common.output_folder(out)
     with common.progress_bar() as progress:
-        opened = _Opened(options, progress)
+        opened = Opened(options, progress)
         sites = opened.sae.sites
         adjacent = tuple(itertools.pairwise(sites))
         if moments is None:
@@ -487,5 +438,5 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-for one in (_train, _import, _layers, _similarity, _examples, _prompt, _transport):
+for one in (_train, sweeping.sweep, _import, _layers, _similarity, _examples, _prompt, steering.steer, _transport, card.card):
     command.add_command(one)

@@ -12,16 +12,19 @@ from nnato.cli import common
 if TYPE_CHECKING:
     from nnato.sae_training import Recipe, Trained
 
-recipe_options = common.options(
-    click.option("--kind", type=click.Choice(["topk", "batchtopk"]), default="topk", show_default=True, help="Batchtopk: k on average."),
+size_options = common.options(
     click.option("--expansion", type=int, default=16, show_default=True, help="Latents per dimension of the residual stream."),
     click.option("-k", "k", type=int, default=32, show_default=True, help="Active latents."),
+)
+course_options = common.options(
+    click.option("--kind", type=click.Choice(["topk", "batchtopk"]), default="topk", show_default=True, help="Batchtopk: k on average."),
     click.option("--rows", type=int, default=4096, show_default=True, help="Rows (token, layer) of a step."),
     click.option("--buffer", type=int, default=65_536, show_default=True, help="Rows that are shuffled together."),
     click.option("--lr", type=float, help="Learning rate.  [default: 2e-4 / sqrt(latents / 16384)]"),
     click.option("--dead-tokens", type=int, help="Silent for so many tokens is dead.  [default: a tenth, at most 10 million]"),
     click.option("--seed", type=int, default=0, show_default=True),
 )
+recipe_options = common.options(size_options, course_options)
 text_options = common.options(
     click.option("--text", help="A .txt or .jsonl file, a folder of .txt files, or a datasets id.  [default: python-docs, embedded]"),
     click.option("--tokens", type=int, default=1_000_000, show_default=True, help="Train on so many; short text is read again."),
