@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnato.dictionaries import load_dictionary
+from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError
 from nnato.layer_stats import layer_variance_intervals
 from nnato.lens import FILE as LENS_FILE
@@ -69,31 +69,31 @@ def write_card(folder: str | Path, numbers: str | Path | None = None) -> Card:
     activity = None if numbers is None else load_layer_activity(numbers, MultiLayerSAE(dictionary, dictionary.sites, lens))
     path = folder / NAME
     with atomic(path) as temporary:
-        temporary.write_text(_text(config, activity, lens is not None))
+        temporary.write_text(_text(config, dictionary, activity, lens is not None))
     files = {name: (folder / name).stat().st_size for name in (NAME, *FILES) if (folder / name).is_file()}
     left = sorted(one.name for one in folder.iterdir() if one.name not in files)
     local = sorted(set(re.findall(r"(?<![\w:/.~-])[~/][\w.-]*/[^\s\"']*", json.dumps(config))))
     return Card(path, files, left, local)
 
 
-def _text(config: Mapping[str, Any], activity: LayerActivity | None, lens: bool) -> str:
-    about = config.get("metadata") or {}
-    recipe, text, versions = (about.get(f"nnato_{name}") or {} for name in ("recipe", "text", "provenance"))
-    name = str(about.get("model_name") or (about.get("nnato_model") or {}).get("name") or "")
-    sites = about.get("nnato_sites") or []
+def _text(config: Mapping[str, Any], dictionary: Dictionary, activity: LayerActivity | None, lens: bool) -> str:
+    about = _record(config, "metadata")
+    recipe, text, versions = (_record(about, f"nnato_{name}") for name in ("recipe", "text", "provenance"))
+    name = str(about.get("model_name") or _record(about, "nnato_model").get("name") or "")
+    sites = dictionary.sites
     kind = "Multi-layer sparse autoencoder" if len(sites) != 1 else "Sparse autoencoder"
     facts = {
         "model": _short(name),
         "layers (block outputs)": ", ".join(map(str, sites)),
         "read through": "the lens in `lens.safetensors`" if lens else "",
         "architecture": config.get("architecture"),
-        "latents": config.get("d_sae"),
-        "active latents": config.get("k"),
-        "inputs": "standardised one by one" if config.get("normalize_activations") == "layer_norm" else "as they are",
+        "latents": dictionary.latents,
+        "active latents": dictionary.k,
+        "inputs": "standardised one by one" if dictionary.scaling == "layer_norm" else "as they are",
         "text": _short(str(text.get("source", ""))),
         "training tokens": recipe.get("tokens"),
         **{label: recipe.get(key) for key, label in (("rows", "rows of a step"), ("lr", "learning rate"), ("seed", "seed"))},
-        "converted from": about.get("nnato_source"),
+        "converted from": _short(str(about.get("nnato_source") or "")),
         "made with": ", ".join(f"{key} {versions[key]}" for key in ("nnato", "torch", "transformers") if key in versions),
     }
     base = [f"base_model: {json.dumps(name)}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
@@ -103,13 +103,19 @@ def _text(config: Mapping[str, Any], activity: LayerActivity | None, lens: bool)
     return "\n".join([*parts, *(_numbers(activity) if activity is not None else [])])
 
 
+def _record(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry that may be missing, or anything else: the file can come from others."""
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def _short(name: str) -> str:
     """A hub id as it is; of a path its last part, since others do not have this machine's folders."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _cell(value: Any) -> str:
-    return re.sub(r"[|\r\n]", " ", str(value))
+    return re.sub(r"[|<>\r\n]", " ", str(value))
 
 
 def _numbers(activity: LayerActivity) -> list[str]:

@@ -67,8 +67,19 @@ def test_paths_of_this_machine_are_left_out_of_the_card_and_named(model, corpus,
 def test_a_hub_id_is_the_base_model(tmp_path):
     import_mlsae(authors_checkpoint(tmp_path / "authors"), tmp_path / "out", model="EleutherAI/pythia-70m-deduped", sites=[0, 1])
     text = write_card(tmp_path / "out").path.read_text()
+    assert "| converted from | authors |" in text
     assert 'base_model: "EleutherAI/pythia-70m-deduped"\n' in text
     assert "# Multi-layer sparse autoencoder of EleutherAI/pythia-70m-deduped\n" in text
+
+
+def test_entries_of_another_type_are_left_out(tmp_path):
+    import_mlsae(authors_checkpoint(tmp_path / "authors"), tmp_path / "out", model="a | b <script>", sites=[0, 1])
+    config = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    config["metadata"] |= {"nnato_recipe": [1], "nnato_text": "no", "nnato_provenance": 3}
+    (tmp_path / "out" / "cfg.json").write_text(json.dumps(config))
+    text = write_card(tmp_path / "out").path.read_text()
+    assert "base_model" not in text
+    assert "| model | a   b  script  |" in text
 
 
 def test_an_sae_behind_a_lens(model, corpus, tmp_path):

@@ -11,15 +11,16 @@ import torch
 from conftest import BLOCKS, WIDTH, hook_residuals
 from safetensors.torch import save_file
 
-from nnato.dictionaries import Dictionary
+from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, OperatorError, SiteError
 from nnato.layer_merging import merge_layer_shards
-from nnato.layer_stats import LayerStats, Reconstruction, layer_variance
+from nnato.layer_stats import LayerStats, Reconstruction, layer_distributions, layer_variance
 from nnato.lens import Lens, logit_lens
 from nnato.models import describe
 from nnato.multilayer import MultiLayerSAE, layer_activity, load_layer_activity, load_multilayer
 from nnato.operators import TransportOperator
-from nnato.sae_training import standardise
+from nnato.reduction import TokenClasses
+from nnato.sae_training import Recipe, standardise, train_sae
 from nnato.shards import Shard
 from nnato.sites import ResidualSite
 from nnato.storage import read_artifact, write_artifact
@@ -266,6 +267,32 @@ def test_subsets_of_layers_are_called_by_their_numbers(model, corpus):
     assert some.stats.layers == (1, 3)
     assert [row["site"] for row in some.metrics()] == [1, 3]
     assert some.stats.tokens >= whole.stats.tokens  # a sink at another layer does not count
+
+
+def test_an_sae_of_one_layer_read_at_all_of_them(model, corpus, tmp_path):
+    """It has the same statistics as one of all layers, and they are those of its codes at each."""
+    recipe = Recipe(expansion=2, k=4, tokens=600, rows=64, buffer=256)
+    train_sae(model, [2], recipe, out=tmp_path, corpus=corpus)
+    info = describe(model)
+    assert load_multilayer(tmp_path, info).sites == (2,)
+    sae = load_multilayer(tmp_path, info, range(BLOCKS))
+    activity = layer_activity(model, sae, corpus, batch_size=4)
+    other = layer_activity(model, random_sae(), corpus, batch_size=4)
+    assert activity.stats.layers == other.stats.layers
+    assert activity.stats.tokens == other.stats.tokens
+    assert [row.keys() for row in activity.metrics()] == [row.keys() for row in other.metrics()]
+    assert layer_distributions(activity.stats).keys() == layer_distributions(other.stats).keys()
+    assert 0 <= layer_variance(activity.stats).share <= 1
+    dictionary, wanted = load_dictionary(tmp_path), torch.zeros(2 * WIDTH, BLOCKS, dtype=torch.float64)
+    blocks, classes = corpus.tokenize(model.tokenizer).only("test"), TokenClasses()
+    for rows in blocks.plan(4):
+        tokens = blocks.batch(rows)
+        seen, _ = hook_residuals(model._module, tokens.ids)
+        residuals = torch.stack([seen[site] for site in range(BLOCKS)])
+        ordinary = classes.ordinary(tokens.ids, tokens.mask, tokens.special, residuals)
+        for site in range(BLOCKS):
+            wanted[:, site] += dictionary.encode(residuals[site][ordinary]).double().sum(0)
+    torch.testing.assert_close(activity.stats.total, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_what_does_not_fit_is_refused(model, tmp_path):

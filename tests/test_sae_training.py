@@ -151,14 +151,24 @@ def test_no_dead_latent_no_auxiliary_loss(model, corpus):
     from nnato.sae_training import _Training
 
     training = _Training(SMALL, WIDTH, (0,), torch.device("cpu"))
-    x = standardise(torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)) * 100)
+    raw = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
 
-    def loss(dead):
+    def losses(dead, scale=1):
+        x = standardise(scale * raw)
         step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
-        return training.sae.training_forward_pass(step).losses["auxiliary_reconstruction_loss"]
+        return training.sae.training_forward_pass(step).losses
 
-    assert loss(torch.zeros(8 * WIDTH, dtype=torch.bool)) == 0
-    assert loss(torch.ones(8 * WIDTH, dtype=torch.bool)) > 0
+    def gradients(dead, names):
+        return torch.autograd.grad(sum(losses(dead)[name] for name in names), list(training.sae.parameters()))
+
+    none, some = torch.zeros(8 * WIDTH, dtype=torch.bool), torch.arange(8 * WIDTH) % 3 == 0
+    name = "auxiliary_reconstruction_loss"
+    assert losses(none)[name] == 0
+    assert losses(some)[name] > 0
+    torch.testing.assert_close(losses(some, 100)[name], losses(some)[name], rtol=1e-3, atol=0)  # standardising adds 1e-5 to σ
+    for dead, same in ((none, True), (some, False)):
+        pairs = zip(gradients(dead, ("mse_loss", name)), gradients(dead, ("mse_loss",)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs) is same
 
 
 def test_dead_is_counted_in_tokens(model, corpus):
