@@ -77,6 +77,7 @@ def fidelity(
         TextError: There are too few full blocks.
     """
     sae.check_fits(describe(model))
+    sae = sae.beside(model)
     if sae.lens is not None and back is None:
         raise MomentsError("behind a lens, reconstructions need a way back to the residual stream: give backward_maps(…)")
     blocks = tokenize(model, corpus, progress)
@@ -170,6 +171,7 @@ def backward_maps(
     Raises:
         MomentsError: The SAE has no lens, or there are too few tokens.
     """
+    sae = sae.beside(model)
     if sae.lens is None:
         raise MomentsError("there is no lens to come back from")
     info = describe(model)

@@ -176,6 +176,7 @@ def latent_transport(
         DictionaryError: The SAE is of another model.
     """
     sae.check_fits(describe(model))
+    sae = sae.beside(model)
     pairs = tuple(operator.pair for operator in operators)
     if not pairs or not {site for pair in pairs for site in pair} <= set(sae.sites):
         raise MomentsError(f"give operators between layers at which the SAE is read: {', '.join(map(str, sae.sites))}")

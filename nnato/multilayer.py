@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,10 @@ class MultiLayerSAE:
     def latents(self) -> int:
         """Number of latents."""
         return self.dictionary.latents
+
+    def beside(self, model: TransformersModel) -> MultiLayerSAE:
+        """The same on the device of a model; a lens follows its input by itself."""
+        return replace(self, dictionary=self.dictionary.to(next(model._module.parameters()).device))
 
     def shared(self, x: torch.Tensor, sites: Sequence[ResidualSite] | None = None) -> torch.Tensor:
         """Residuals where the dictionary reads them.

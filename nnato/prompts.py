@@ -94,6 +94,7 @@ def prompt_activity(model: TransformersModel, sae: MultiLayerSAE, prompt: str = 
     """
     info = describe(model)
     sae.check_fits(info)
+    sae = sae.beside(model)
     ids = torch.tensor([model.tokenizer(prompt).input_ids], dtype=torch.int64)
     if ids.shape[1] < 2:
         raise TextError(f"the prompt {prompt!r} is too short: give at least two tokens")

@@ -127,6 +127,7 @@ def steer(
         raise TextError("the prompt is empty: give some words")
     check_text(model, ids.shape[1])
     way = (back or {}).get(at) if sae.lens is not None else None
+    sae = sae.beside(model)
     edits = {"reconstruction": _reconstruction(sae, at, way), "steered": _addition(sae, at, way, latent, factor)}
     logits = {"model": _logits(model, ids, at, None, positions)}
     logits |= {run: _logits(model, ids, at, edit, positions) for run, edit in edits.items()}

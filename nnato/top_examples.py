@@ -161,6 +161,7 @@ def top_examples(
     if count < 1:
         raise DictionaryError(f"{count} examples: ask for at least one")
     sae.check_fits(describe(model))
+    sae = sae.beside(model)
     blocks = tokenize(model, corpus, progress).only(split)
     leaders, classes, plan = Leaders(sae.latents * len(sae.sites), count), TokenClasses(), blocks.plan(batch_size)
     layer = torch.arange(len(sae.sites))[:, None, None]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 from conftest import WIDTH
+from test_multilayer import random_lens, random_sae
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nnato.dictionaries import Dictionary
+from nnato.fidelity import backward_maps, fidelity
 from nnato.moments import Moments, _add_products
+from nnato.multilayer import MultiLayerSAE
+from nnato.prompts import prompt_activity
 from nnato.reduction import TokenClasses, capture
 from nnato.sites import ResidualSite, grid
 from nnato.statistics import ResidualBatch
+from nnato.steering import _addition, _reconstruction, steer
+from nnato.top_examples import top_examples
 from nnato.transport_moments import TransportMoments
 
 
@@ -60,3 +67,27 @@ def test_the_host_waits_a_fixed_number_of_times_for_a_batch(model):
     few = waits(2, (2, 8))
     assert few == waits(4, (2, 8)) == waits(2, (6, 32))
     assert 0 < few <= 24
+
+
+def test_latents_are_encoded_and_added_where_the_residuals_are(monkeypatch):
+    """On the meta device, where an operation that mixes devices fails."""
+    monkeypatch.setattr(Dictionary, "__post_init__", lambda self: None)  # it reads values, which that device has not
+    dictionary = random_sae().dictionary.to("meta")
+    sae, x = MultiLayerSAE(dictionary, (ResidualSite(0),), random_lens()), torch.empty(2, 5, WIDTH, device="meta")
+    way = sae.lens.translators[ResidualSite(0)]
+    for back in (None, way):
+        for change in (_reconstruction(sae, ResidualSite(0), back), _addition(sae, ResidualSite(0), back, 3, 2.0)):
+            assert change(x).device.type == "meta"
+            assert change(x).shape == x.shape
+
+
+def test_every_reading_of_an_sae_begins_with_moving_it_to_the_model(model, corpus, monkeypatch):
+    moved, beside = [], MultiLayerSAE.beside
+    monkeypatch.setattr(MultiLayerSAE, "beside", lambda self, model: moved.append(self) or beside(self, model))
+    sae = random_sae()
+    steer(model, sae, "w3 w5", 3, 0)
+    prompt_activity(model, sae, "w3 w5 w7")
+    fidelity(model, sae, corpus, sequences=1)
+    top_examples(model, sae, corpus, count=1)
+    backward_maps(model, random_sae(lens=random_lens()), corpus)
+    assert len(moved) == 5
