@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy import stats
 
 from nnato.edits import EditRecord
-from nnato.intervals import Interval
+from nnato.intervals import LEVEL, Interval
 from nnato.notebook import html_table
 from nnato.positions import Draws, Positions
 from nnato.sites import Pair
@@ -322,11 +322,14 @@ def _by_distance(measured: Measured, number: int, known: np.ndarray, bootstrap: 
 def sign_test(values: np.ndarray) -> float:
     """Two-sided p-value that values, float64 (n,), are as often above zero as below; zeros are left out."""
     moved = values[values != 0]
-    return float(binomtest(int((moved > 0).sum()), len(moved)).pvalue) if len(moved) else 1.0
+    return float(stats.binomtest(int((moved > 0).sum()), len(moved)).pvalue) if len(moved) else 1.0
 
 
 class Bootstrap:
-    """Percentile intervals of a mean over sequences, resampling documents; paired, since every statistic shares the resamples.
+    """Intervals of a mean over sequences, resampling documents; paired, since every statistic shares the resamples.
+
+    Expanded percentiles (Hesterberg 2015): plain ones of n documents are too narrow by `√((n-1)/n)` and as the normal distribution is
+    beside Student's, so the levels are those that would give the t interval of normal data.
 
     Args:
         documents: int64 (sequences,), the document of each sequence.
@@ -339,6 +342,9 @@ class Bootstrap:
         rng = np.random.default_rng([seed, 1])
         self.weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
         self.sizes = np.bincount(self.clusters, minlength=groups)
+        tail = stats.t.ppf((1 - LEVEL) / 2, groups - 1) if groups > 1 else np.nan
+        low = float(stats.norm.cdf(np.sqrt(groups / max(groups - 1, 1)) * tail))
+        self.levels = low, 1 - low
 
     def by_document(self, values: np.ndarray) -> np.ndarray:
         """Means of one value per sequence over each document's sequences, float64 (documents,)."""
@@ -358,9 +364,12 @@ class Bootstrap:
         below = self.weights @ self._sums(denominators)
         if not denominators.sum() or not below.any():
             return Interval(float("nan"))
+        value = float(numerators.sum() / denominators.sum())
+        if len(self.sizes) < 2:
+            return Interval(value)
         ratios = (self.weights @ self._sums(numerators))[below != 0] / below[below != 0]
-        low, high = np.quantile(ratios, (0.025, 0.975))
-        return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
+        low, high = np.quantile(ratios, self.levels)
+        return Interval(value, float(low), float(high))
 
     def recovered(self, lost: np.ndarray, reference: np.ndarray) -> Interval:
         """`1 - Σ lost / Σ reference`; NaN if the interval of the mean of the reference contains 0."""

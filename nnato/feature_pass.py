@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from nnato.active_scores import EXTRAS, ActiveScores, FeaturePass, area
 from nnato.corpus import TokenBlocks
@@ -327,6 +328,7 @@ def feature_pass(
         "split": split,
         "dictionary": dictionary.fingerprint()["digest"],
         "operators": [[operator.source.key, operator.target.key, operator.name, _digest(operator)] for operator in operators],
+        "paper": paper,
         "latents": latents.tolist(),
         "sample": sample,
         "batch_size": batch_size,
@@ -386,7 +388,8 @@ def _products(directions: torch.Tensor, vectors: torch.Tensor, rows: torch.Tenso
         wanted = torch.sparse_csr_tensor(
             starts, columns[places], vectors.new_zeros(len(places)), (len(starts) - 1, len(directions)), check_invariants=True
         )
-    products = torch.sparse.sampled_addmm(wanted, vectors.flatten(0, 1), directions.T, beta=0.0).values()
+    stacked = rearrange(vectors, "token map width -> (token map) width")
+    products = torch.sparse.sampled_addmm(wanted, stacked, directions.T, beta=0.0).values()
     found = vectors.new_empty(maps, len(rows))
     found[mine % maps, places] = products
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from nnato.models import describe
 from nnato.reduction import capture, classify
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
-from nnato.storage import provenance
+from nnato.storage import provenance, read_any_json
 from nnato.streaming import stream
 from nnato.trace import ATOTrace, save
 
@@ -421,10 +420,7 @@ def read_features(path: str | Path) -> Chosen:
         FileFormatError: No such file, or it holds something else.
     """
     path = Path(path).expanduser()
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is no JSON file that can be read ({type(error).__name__})") from None
+    found = read_any_json(path)
     record: dict[str, Any] = found if isinstance(found, dict) else {"features": found}
     numbers, rates, sae = record.get("features"), record.get("rate"), record.get("sae", {})
     sound = isinstance(numbers, list) and numbers and all(type(number) is int and 0 <= number < 2**31 for number in numbers)

@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from nnato.fidelity import Fidelity
-from nnato.layer_stats import layer_distributions
+from nnato.layer_stats import layer_distributions, mean_layer_histograms
 from nnato.lens_training import LensScore
 from nnato.multilayer import LayerActivity
 from nnato.plots import _save
@@ -23,6 +23,8 @@ COLOURS = ("#2a6f97", "#e09f3e", "#bc4749", "#7f5539")
 def layer_figure(activity: LayerActivity, path: Path, about: str) -> Path:
     """Where latents are active: each one's distribution over layers, the mean layers, and how many layers are active at a token.
 
+    Beside the mean layers, how far they lie from a layer: 0 for a latent that keeps to one.
+
     Args:
         activity: What `layer_activity` returned.
         path: Where to write; the suffix decides the format.
@@ -33,19 +35,21 @@ def layer_figure(activity: LayerActivity, path: Path, about: str) -> Path:
     live = (stats.total.sum(1) > 0).numpy()
     mean = found["mean"].numpy()[live]
     shares = (stats.total / stats.total.sum(1, keepdim=True)).numpy()[live][np.argsort(-mean, kind="stable")]
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, narrow, right = figure.subplots(1, 4, width_ratios=(1.3, 1, 0.6, 1))
     names = [str(site) for site in activity.sites]
     image = left.imshow(shares, aspect="auto", norm=PowerNorm(0.25, 0, 1), cmap="magma", interpolation="nearest")
     left.set(xlabel="layer", ylabel=f"{live.sum():,} active latents", title="activation of a latent by layer", yticks=[])
     ticks = range(0, len(names), max(len(names) // 9, 1))
     left.set_xticks(list(ticks), [names[tick] for tick in ticks])
     figure.colorbar(image, ax=left, label="share")
-    numbers = np.array(stats.layers)
-    middle.hist(mean, bins=np.linspace(numbers[0], numbers[-1], 8 * len(numbers)), density=True, color=COLOURS[0])
+    means, distances = mean_layer_histograms(stats)
+    middle.stairs(means.density.numpy(), means.edges.numpy(), fill=True, color=COLOURS[0])
     middle.set(xlabel="mean layer of a latent", ylabel="density", title="mean layers")
+    narrow.stairs(distances.density.numpy(), distances.edges.numpy(), fill=True, color=COLOURS[0])
+    narrow.set(xlabel="to the nearest layer", ylabel="density", title="their distance", xlim=(0, 0.5))
     spread = stats.spread.sum(0).numpy()[1:]
-    right.bar(np.arange(1, len(numbers) + 1), spread / spread.sum(), color=COLOURS[0])
+    right.bar(np.arange(1, len(names) + 1), spread / spread.sum(), color=COLOURS[0])
     right.set(xlabel="layers at which it is active at a token", ylabel="share", title="a latent at a token")
     figure.suptitle(about)
     return _save(figure, path)

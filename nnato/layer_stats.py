@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nnato.dip import dip
 from nnato.errors import MomentsError
 from nnato.intervals import Interval, jackknife
 
@@ -345,8 +346,9 @@ def layer_distributions(stats: LayerStats, at_least: int = 1) -> dict[str, torch
         float64 (latents,) each. `tokens` (at which it is active at some layer), `count` and `strength` (Σ over layers of `active` and
         `total`), `mean`, `std` (of the layer, by activation), `entropy` (nats), `bimodality` (Sarle's (skew² + 1) / kurtosis of the layer:
         1 for two points, 0.6 for a uniform spread; NaN if it keeps to one layer), `bimodality_published` (the same of the totals as
-        numbers), `layers` (at how many it is active), `single` (E[Var(L|F=f,T)], by activation), `breadth` (layers at a token, on average),
-        `persistence` (P(active at the next layer | active), by tokens).
+        numbers), `dip` (Hartigan's, of the distribution over layers: 0 for one peak, below 1/4; layers as read are neighbours), `layers`
+        (at how many it is active), `single` (E[Var(L|F=f,T)], by activation), `breadth` (layers at a token, on average), `persistence`
+        (P(active at the next layer | active), by tokens).
     """
     strength = stats.total.sum(1)
     p = stats.total / torch.where(strength > 0, strength, torch.nan)[:, None]
@@ -369,11 +371,58 @@ def layer_distributions(stats: LayerStats, at_least: int = 1) -> dict[str, torch
         "entropy": entropy,
         "bimodality": _sarle(second, third, fourth),
         "bimodality_published": _sarle(*_moments_of(stats.total)),
+        "dip": dip(stats.total),
         "layers": torch.where(tokens > 0, (stats.active >= at_least).sum(1).double(), torch.nan),
         "single": (second - spread_of_mean).clamp(min=0),
         "breadth": stats.active.sum(1) / live,
         "persistence": stats.stays.sum(1) / torch.where(before > 0, before, torch.nan),
     }
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Where a number of each latent lies.
+
+    Attributes:
+        edges: Of the bins, float64 (bins + 1,).
+        density: Share of latents per unit, float64 (bins,); times the widths of the bins it adds up to one.
+    """
+
+    edges: torch.Tensor
+    density: torch.Tensor
+
+
+def mean_layer_histograms(stats: LayerStats, bins: int = 15) -> tuple[Histogram, Histogram]:
+    """Histograms over the latents that were active: of the mean layer, and of how far it lies from a layer.
+
+    A latent that keeps to one layer has distance 0, one that is equally active at two neighbouring ones 1/2.
+
+    Args:
+        stats: The sums.
+        bins: For each layer; with an odd number, a latent that keeps to a layer lies in the middle of a bin, not at an edge.
+
+    Returns:
+        Of the mean layer, from half a layer before the first to half a layer behind the last; and of the distance of the mean from the
+        nearest one of the layers read, in [0, 1/2], where layers as read count as one apart.
+
+    Raises:
+        MomentsError: No latent was ever active, or bins is not positive.
+    """
+    strength = stats.total.sum(1)
+    if bins < 1 or not bool(strength.any()):
+        raise MomentsError(f"a histogram with {bins} bins of {int((strength > 0).sum())} active latents: give at least one of each")
+    p = (stats.total[strength > 0] / strength[strength > 0, None]).cpu()
+    mean = p @ torch.tensor(stats.layers, dtype=torch.float64)
+    place = p @ torch.arange(len(stats.layers), dtype=torch.float64)
+    first, last = stats.layers[0], stats.layers[-1]
+    found = _histogram(mean, first - 0.5, last + 0.5, bins * (last - first + 1))
+    return found, _histogram((place - place.round()).abs(), 0.0, 0.5, bins)
+
+
+def _histogram(values: torch.Tensor, low: float, high: float, bins: int) -> Histogram:
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    at = ((values - low) / (high - low) * bins).long().clamp(0, bins - 1)
+    return Histogram(edges, torch.bincount(at, minlength=bins).double() / len(values) * bins / (high - low))
 
 
 def _sarle(second: torch.Tensor, third: torch.Tensor, fourth: torch.Tensor) -> torch.Tensor:

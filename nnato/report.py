@@ -125,7 +125,7 @@ def collect(folder: Path) -> Contents:
         name = path.relative_to(folder).as_posix()
         try:
             _take(path, name, found)
-        except (NnatoError, ValueError, OSError) as error:  # what readers of JSON, TOML and text raise
+        except (NnatoError, ValueError, OSError, RecursionError) as error:  # what readers of JSON, TOML and text raise
             found.unread[name] = str(error)
     return found
 

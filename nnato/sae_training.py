@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 
 from nnato.accumulation import tokenize
 from nnato.checkpoints import Checkpoints
@@ -269,7 +270,7 @@ class _Rows:
             x = self._pass()
             if first:
                 self.fresh, first = x[:, :PROBE], False
-            parts.append(x.transpose(0, 1).flatten(0, 1))
+            parts.append(rearrange(x, "layer token width -> (token layer) width"))
             count += len(parts[-1])
         rows = torch.cat(parts)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.fills))

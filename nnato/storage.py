@@ -288,17 +288,26 @@ def read_json(path: Path) -> Metadata:
     Raises:
         FileFormatError: It is no file of at most 16 MB, or holds something else.
     """
-    if not path.is_file():  # which a link to a device is not: there is no end to that
-        raise FileFormatError(f"{path} does not exist or is not a file")
-    if path.stat().st_size > MOST_JSON:
-        raise FileFormatError(f"{path} has more than {MOST_JSON >> 20} MB: it is no configuration")
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise FileFormatError(f"{path} is damaged or no JSON file ({type(error).__name__}: {error})") from None
+    found = read_any_json(path)
     if not isinstance(found, dict):
         raise FileFormatError(f"{path} holds something else than a JSON object")
     return found
+
+
+def read_any_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileFormatError: It is no file of at most 16 MB, or no JSON.
+    """
+    if not path.is_file():  # which a link to a device is not: there is no end to that
+        raise FileFormatError(f"{path} does not exist or is not a file")
+    if path.stat().st_size > MOST_JSON:
+        raise FileFormatError(f"{path} has more than {MOST_JSON >> 20} MB, which none of these files needs")
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileFormatError(f"{path} is damaged or no JSON file ({type(error).__name__}: {error})") from None
 
 
 def check_weights(path: Path) -> None:

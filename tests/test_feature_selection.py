@@ -330,8 +330,10 @@ def test_selections_are_read_again(model, planted, repetitive, tmp_path):
         file.write_text(wrong)
         with pytest.raises(FileFormatError, match="no JSON file|no list of features"):
             read_features(file)
-    with pytest.raises(FileFormatError, match="no JSON file"):
-        read_features(tmp_path / "nothing.json")
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    for missing in ("nothing.json", "endless.json"):
+        with pytest.raises(FileFormatError, match="does not exist or is not a file"):
+            read_features(tmp_path / missing)
 
 
 def test_refused(model, planted, repetitive):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
+from nnato.dip import dip
 from nnato.errors import MomentsError
-from nnato.layer_stats import LayerStats, layer_distributions, layer_variance, layer_variance_intervals, merged
+from nnato.layer_stats import LayerStats, layer_distributions, layer_variance, layer_variance_intervals, mean_layer_histograms, merged
 
 LAYERS, TOKENS, LATENTS, K = 4, 50, 12, 3
 
@@ -191,6 +192,8 @@ def test_distributions():
     assert found["entropy"][1] == 0
     assert found["mean"][1] == 2
     assert math.isnan(found["bimodality"][1])
+    assert found["dip"][1] == found["dip"][2] == 0
+    torch.testing.assert_close(found["dip"][3:], dip(stats.total[3:]))
     assert found["entropy"][2].item() == pytest.approx(math.log(LAYERS))
     totals = stats.total.numpy()
     for f in range(2, LATENTS):
@@ -269,3 +272,26 @@ def test_no_tokens_change_nothing():
     stats.add(torch.zeros(LAYERS, 3, K), torch.zeros(LAYERS, 3, K, dtype=torch.int64))
     assert all(torch.equal(before[name], tensor) for name, tensor in stats.tensors().items() if name != "published")
     assert stats.tokens == TOKENS + 3
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS), (1, 5, 6, 11)])
+def test_histograms_of_mean_layers(layers):
+    stats, _ = of(13, 14, layers=layers)
+    stats.total[0] = 0  # never active
+    stats.total[1] = torch.tensor([0.0, 0.0, 5.0, 0.0])
+    stats.total[2] = torch.tensor([0.0, 3.0, 3.0, 0.0])
+    means, distances = mean_layer_histograms(stats, bins=7)
+    wanted = layer_distributions(stats)["mean"].numpy()[1:]
+    p = stats.total.numpy()[1:] / stats.total.numpy()[1:].sum(1, keepdims=True)
+    places = p @ np.arange(LAYERS)
+    for found, values in ((means, wanted), (distances, np.abs(places - np.round(places)))):
+        assert float((found.density * found.edges.diff()).sum()) == pytest.approx(1, abs=1e-12)
+        np.testing.assert_allclose(found.density, np.histogram(values, found.edges.numpy(), density=True)[0], atol=1e-12)
+    assert (distances.edges[0], distances.edges[-1]) == (0, 0.5)
+    assert (means.edges[0], means.edges[-1]) == (layers[0] - 0.5, layers[-1] + 0.5)
+    assert distances.density[0] > 0
+    assert distances.density[-1] > 0
+    with pytest.raises(MomentsError, match="at least one of each"):
+        mean_layer_histograms(LayerStats(layers, LATENTS))
+    with pytest.raises(MomentsError, match="with 0 bins"):
+        mean_layer_histograms(stats, bins=0)

@@ -84,7 +84,7 @@ def test_layers(trained, tmp_path):
     assert len(record["costs"]) == BLOCKS
     rows = list(csv.DictReader((tmp_path / "layers.csv").open()))
     assert len(rows) == 4 * WIDTH
-    assert {"mean", "std", "entropy", "persistence", "total_3"} <= set(rows[0])
+    assert {"mean", "std", "entropy", "dip", "persistence", "total_3"} <= set(rows[0])
     for name in ("layers.png", "reconstruction.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     shown = invoke("mlsae", "layers", folder, *words, "--layers", "1,3").stdout

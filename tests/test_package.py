@@ -26,7 +26,7 @@ ROWS = [
     {"trace", "statistics"},
     {"dry_run", "progress", "coding"},
     {"models", "moments"},
-    {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals"},
+    {"dictionaries", "transport_moments", "reduction", "linalg", "regression", "intervals", "dip"},
     {"remote_jobs", "metrics", "operators", "layer_stats", "sums", "explanations"},
     {"remote_moments", "remote_layers", "streaming", "ridge", "sparse", "verdicts", "active_scores"},
     {"accumulation", "feature_traits"},

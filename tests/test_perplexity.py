@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLOCKS, WIDTH, hook_residuals, make_module, supply
-from scipy.stats import binom
+from scipy import stats
 
 from nnato import losses
 from nnato.edits import INTERVENTIONS, EditRecord, intervention
@@ -254,7 +254,7 @@ def test_a_null_edit_gives_uniform_p_values():
             np.testing.assert_allclose(moved / 2, means)
         values.append(sign_test(means))
     for level in (0.05, 0.1, 0.25, 0.5, 0.75):
-        exact = binom.cdf(int(binom.ppf(level / 2, 101, 0.5)) - 1, 101, 0.5) * 2
+        exact = stats.binom.cdf(int(stats.binom.ppf(level / 2, 101, 0.5)) - 1, 101, 0.5) * 2
         assert abs(np.mean(np.array(values) <= level) - exact) < 4 * np.sqrt(level * (1 - level) / 600) + 0.02
     assert known_effects(changes, documents)["transport"].sign_test == pytest.approx(values[-1])
 
@@ -334,6 +334,19 @@ def test_intervals_cover_what_they_should():
         interval = Bootstrap(documents, trial).interval(values)
         covered += interval.low <= 1 <= interval.high
     assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_intervals_of_few_documents_are_those_of_student():
+    """Of normal data the levels give `x̄ ± t √(s² / n)`, whose n - 1 the plain percentiles lack; resampling leaves 5 %."""
+    values = np.random.default_rng(1).normal(size=6)
+    interval = Bootstrap(np.arange(6), 0).interval(values)
+    want = stats.t.interval(0.95, 5, loc=values.mean(), scale=stats.sem(values))
+    plain = stats.bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
+    assert interval.high - interval.low == pytest.approx(want[1] - want[0], rel=0.12)
+    assert interval.high - interval.low > 1.25 * (plain.high - plain.low)
+    alone = Bootstrap(np.zeros(3, dtype=int), 0).interval(np.arange(3.0))
+    assert alone.value == 1
+    assert np.isnan([alone.low, alone.high]).all()
 
 
 def test_intervals_of_a_constant_are_a_point():

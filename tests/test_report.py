@@ -101,11 +101,12 @@ def test_nothing_of_a_file_becomes_code(tmp_path):
     evil = "</td><script>alert(1)</script>"
     (tmp_path / "a.json").write_text(json.dumps([{"name": evil, evil: 1, "value": 2}]))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "foreign.safetensors").write_bytes(b"x")
     text = write_report(tmp_path).read_text()
     assert Page(text).tags.count("script") == 1
     contents = collect(tmp_path)
-    assert set(contents.unread) == {"broken.json", "foreign.safetensors"}
+    assert set(contents.unread) == {"broken.json", "deep.json", "foreign.safetensors"}
     for path, value in Page(text).cells:
         assert look_up(tmp_path, path) == json.loads(value)
 
