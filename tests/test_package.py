@@ -43,12 +43,14 @@ ROWS = [
         "similarity",
         "top_examples",
         "prompts",
+        "steering",
+        "sweep",
         "latent_transport",
         "feature_selection",
         "feature_controls",
         "layer_merging",
     },
-    {"layer_plots", "feature_plots", "feature_page", "published"},
+    {"layer_plots", "feature_plots", "feature_page", "published", "cards"},
     {"cli"},
 ]
 
