@@ -20,7 +20,7 @@ from nnato.sae_training import Recipe, train_sae
 model = load_model()
 corpus = Corpus(tokens=8_000, context=128)
 folder = Path(tempfile.gettempdir()) / "nnato-gallery-mlsae"  # the next page reads it again
-recipe = Recipe(expansion=2, k=32, tokens=4_000, rows=256, buffer=16_384, lr=2e-3)
+recipe = Recipe(expansion=2, k=32, tokens=3_000, rows=256, buffer=16_384, lr=2e-3)
 trained = train_sae(model, range(2, 18, 3), recipe, out=folder, corpus=corpus)
 print(f"{len(trained.sites)} layers, {trained.history[-1]['dead']:.0%} of latents dead at the end of training")
 

@@ -18,7 +18,7 @@ from nnato.sae_training import Recipe, train_sae
 
 model = load_model()
 folder = Path(tempfile.gettempdir()) / "nnato-gallery-mlsae"
-recipe = Recipe(expansion=2, k=32, tokens=4_000, rows=256, buffer=16_384, lr=2e-3)
+recipe = Recipe(expansion=2, k=32, tokens=3_000, rows=256, buffer=16_384, lr=2e-3)
 train_sae(model, range(2, 18, 3), recipe, out=folder, corpus=Corpus(tokens=8_000, context=128))
 sae = load_multilayer(folder, describe(model))
 

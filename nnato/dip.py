@@ -17,9 +17,9 @@ def dip(weights: torch.Tensor) -> torch.Tensor:
     Each weight is spread evenly over its bin. As atoms, two neighbouring layers would have the largest dip of all, and L equal ones 1/(2L).
     Differences then are largest at edges between bins, so it is that from the nearest weights that rise to one bin and fall behind it.
 
-    Let G lie within ± t of F, with its peak at edge c. A convex G that is t above F at edge j and t below it at k > j cannot reach less
-    at c than their line does, ((F_k - t)(c - j) - (F_j + t)(c - k)) / (k - j); the largest of all these is the least G(c), and the mirror
-    image gives the largest from the right. Everything is linear in t, so Newton's steps from below end at the smallest t with room.
+    Let G lie within ± t of F, with its peak at edge c. A convex G that is t above F at edge j and t below it at k > j cannot reach less at
+    c than their line does, ((F_k - t)(c - j) - (F_j + t)(c - k)) / (k - j); the largest of these is the least G(c), and the mirror image
+    gives the largest from the right. Everything is linear in t, so Newton's steps from below end at the smallest t that leaves room.
 
     Args:
         weights: Not negative, float (distributions, bins).
