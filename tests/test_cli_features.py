@@ -136,7 +136,7 @@ def test_explain(folder, tmp_path):
     assert "no explanations from http://127.0.0.1:9" in got["unavailable"]
     assert "Links only" in run(*where, "--url", "http://127.0.0.1:9").stdout
     assert "is not there at all" in run("features", "explain", file, "--sae", folder / "sae", code=2).stderr
-    assert "no JSON file" in run("features", "explain", tmp_path / "nothing.json", code=2).stderr
+    assert "does not exist" in run("features", "explain", tmp_path / "nothing.json", code=2).stderr
 
 
 def test_show(folder, saved_model, text, monkeypatch):
