@@ -10,6 +10,7 @@ one can ask at which layers it is active. A small one is trained here, in less t
 # One forward pass gives the residuals of all layers; sae_lens' trainer gets them in shuffled order, and nothing is stored. The folder holds
 # an SAE in sae_lens' format.
 import tempfile
+import zlib
 from pathlib import Path
 
 from nnato import Corpus, load_model
@@ -19,8 +20,8 @@ from nnato.sae_training import Recipe, train_sae
 
 model = load_model()
 corpus = Corpus(tokens=8_000, context=128)
-folder = Path(tempfile.gettempdir()) / "nnato-gallery-mlsae"  # the next page reads it again
 recipe = Recipe(expansion=2, k=32, tokens=3_000, rows=256, buffer=16_384, lr=2e-3)
+folder = Path(tempfile.gettempdir()) / f"nnato-gallery-mlsae-{zlib.crc32(repr(recipe).encode()):08x}"  # the next page reads it again
 trained = train_sae(model, range(2, 18, 3), recipe, out=folder, corpus=corpus)
 print(f"{len(trained.sites)} layers, {trained.history[-1]['dead']:.0%} of latents dead at the end of training")
 

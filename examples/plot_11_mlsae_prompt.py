@@ -9,6 +9,7 @@ Which latents are active at a prompt, and does one that switches on stay on? The
 # %%
 # If that page was run before, its training is finished, and the same call only opens the folder.
 import tempfile
+import zlib
 from pathlib import Path
 
 from nnato import Corpus, load_model
@@ -17,8 +18,8 @@ from nnato.multilayer import load_multilayer
 from nnato.sae_training import Recipe, train_sae
 
 model = load_model()
-folder = Path(tempfile.gettempdir()) / "nnato-gallery-mlsae"
 recipe = Recipe(expansion=2, k=32, tokens=3_000, rows=256, buffer=16_384, lr=2e-3)
+folder = Path(tempfile.gettempdir()) / f"nnato-gallery-mlsae-{zlib.crc32(repr(recipe).encode()):08x}"
 train_sae(model, range(2, 18, 3), recipe, out=folder, corpus=Corpus(tokens=8_000, context=128))
 sae = load_multilayer(folder, describe(model))
 
