@@ -40,15 +40,15 @@ for result in results:
 from nnato.feature_plots import mean_grid, r2_distributions, trajectories
 
 about = "gemma-3-270m, 8,000 tokens"
-written = r2_distributions(results, Path("features_by_leap.png"), about)
+r2_distributions(results, Path("features_by_leap.png"), about)
 
 # %%
 # The mean over features for every source and target, as in Fig. 3. The dictionary is the same for both targets, so rows can be compared:
-written = mean_grid(results, Path("features_mean.png"), about)
+mean_grid(results, Path("features_mean.png"), about)
 
 # %%
 # And single features at block 9 over the leaps:
-written = trajectories([one for one in results if one.pair[1] == 9], Path("features_trajectories.png"), about)
+trajectories([one for one in results if one.pair[1] == 9], Path("features_trajectories.png"), about)
 
 # %%
 # **What this shows.** R² falls with the leap, and hardly with depth: three blocks carry about nine tenths of most features into either
