@@ -395,6 +395,8 @@ def check_layer_file(file: Path, metadata: Metadata) -> None:
     require_entries(metadata, file, d_model=int, cursor=int, batches=int, split=str, sinks=list, **dict.fromkeys(records, dict))
     require(metadata["split"] in SPLITS, file, f"split {metadata['split']!r} is none of {', '.join(SPLITS)}")
     require(len(metadata["tokens"]) > 0, file, "it holds no tokens")
+    sinks_fit = all(isinstance(one, list) and [type(part) for part in one] == [int, int, str] for one in metadata["sinks"])
+    require(sinks_fit, file, "sinks holds something else than tokens, their counts and texts")
     check_ended(file, metadata)
 
 

@@ -299,7 +299,8 @@ def layers_of(name: str, folder: Path) -> Sound:
     documents = torch.zeros(2, 5, dtype=torch.int64)
     statistic.update(ResidualBatch(residuals, sae.sites, every, ~every, documents, "test", 0, documents))
     tensors, metadata = statistic.state()
-    about = {"model": {"name": "m"}, "text": {"source": "t"}, "split": "test"}
+    about = {"model": {"name": "m"}, "text": {"source": "t"}, "split": "test", "request": {}, "cursor": 1, "batches": 1}
+    about |= {"medians": {}, "excluded": {}, "sinks": []}
     file = folder / "layers.safetensors"
     write_artifact(file, KIND, tensors, {**metadata, **about})
     return file, lambda: load_layer_activity(file, sae)
