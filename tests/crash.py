@@ -110,10 +110,15 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
 
 
+def names_of(folder: Path) -> list[str]:
+    """Its files, but for the empty lock that a process killed behind its last write leaves: a finished result is read without one."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
 def same(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files with the same tensors and the same tables."""
-    names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file())
-    if names != sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()):
+    names = names_of(one)
+    if names != names_of(other):
         return False
     for name in names:
         if name.endswith(".safetensors"):
