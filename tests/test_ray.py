@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -56,8 +57,10 @@ def test_workers_killed_at_random_change_nothing(cluster, saved_model, long_text
     def progress(stage, done, total):
         seen.add(stage)
         if stage == "shards" and 0 < done < total and len(killed) < 3 and rng.random() < 0.5:
-            ours = psutil.Process().children(recursive=True)
-            alive = [process.pid for process in ours if process.cmdline()[:1] == ["ray::Worker.run"]]
+            alive = []
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                    alive += [process.pid] * (process.cmdline()[:1] == ["ray::Worker.run"])
             if alive:
                 killed.append(rng.choice(alive))
                 os.kill(killed[-1], signal.SIGKILL)
