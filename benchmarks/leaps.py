@@ -17,6 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS
+
 from nnato import AblationResult, Corpus, Method, TransportOperator, ablate, fit, load_model, load_moments
 from nnato.accumulation import tokenize
 from nnato.cli.common import write_json
@@ -25,7 +27,6 @@ from nnato.controls import rows as rows_of
 from nnato.selection import Solver
 from nnato.storage import prepare_folder, provenance
 
-RESULTS = Path(__file__).parent / "results"
 CANDIDATES = ("by_loss", "shrunk_to_identity")
 COPIES = ("identity", "identity_shift")
 REFERENCES = ("mean", "resample", "zero")

@@ -11,22 +11,20 @@ import torch
 
 from nnato.corpus import TokenBlocks
 from nnato.dictionaries import Dictionary
+from nnato.effects import RESAMPLES
 from nnato.errors import DictionaryError
-from nnato.feature_traits import ActiveTokens
+from nnato.feature_traits import ActiveTokens, read_tokens
 from nnato.features import FeatureResult
 from nnato.intervals import LEVEL, Interval
 from nnato.models import describe
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
-from nnato.streaming import stream
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
 
 NEAREST = 8
 """A control is drawn among so many latents with the nearest rates."""
-RESAMPLES = 2000
-"""Of the bootstrap over features."""
 
 
 def firing_rates(
@@ -58,16 +56,7 @@ def firing_rates(
     info = describe(model)
     dictionary.check_fits(info.fingerprint(), site)
     statistic = ActiveTokens(dictionary.to(next(model._module.parameters()).device), site)
-    request = {
-        "model": info.contents(),
-        "text": blocks.fingerprint["digest"],
-        "split": split,
-        "site": site.key,
-        "dictionary": dictionary.fingerprint()["digest"],
-        "batch_size": batch_size,
-    }
-    kind = "firing-rates"
-    stream(model, blocks.only(split), statistic, request, {}, file=file, kind=kind, batch_size=batch_size, progress=progress)
+    read_tokens(model, info, blocks, statistic, "firing-rates", split=split, batch_size=batch_size, file=file, progress=progress)
     return statistic.rates()
 
 

@@ -110,7 +110,7 @@ def describe_feature(
             "recall": float(one.recall[0]),
             "auc": float(one.auc[0]),
         }
-        rows.append(result.row(0) | {"leap": int(result.pair[1]) - int(result.pair[0]), "active": None if reason else active})
+        rows.append(result.row(0) | {"leap": result.leap, "active": None if reason else active})
     site = pairs[0][1]
     medians = torch.tensor([accumulated.medians[str(site)]], dtype=torch.float64)
     return Feature(

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nnato.features import FeatureResult
-from nnato.plots import _colours, _save
+from nnato.plots import colours, save_figure
 
 ALL_TOKENS = "R² of decoder directions, all ordinary tokens of test documents"
 
@@ -24,7 +24,7 @@ def r2_by_leap(results: Sequence[FeatureResult], path: Path, about: str) -> Path
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for result, colour in zip(results, _colours(len(results)), strict=True):
+    for result, colour in zip(results, colours(len(results)), strict=True):
         name = f"{result.pair[0]} → {result.pair[1]}"
         for scores, style in ((result.scores, "-"), (result.random, ":")):
             known = scores.r2["transport"].value
@@ -45,7 +45,7 @@ def r2_by_leap(results: Sequence[FeatureResult], path: Path, about: str) -> Path
     right.set_ylabel("share of features")
     right.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{ALL_TOKENS} · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def r2_distributions(
@@ -65,7 +65,7 @@ def r2_distributions(
     figure = Figure(figsize=(max(5.0, 3.2 * len(targets) + 1), 4.2), layout="constrained")
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
-        mine = sorted((leap(result), place) for place, result in enumerate(results) if result.pair[1] == target and len(shown[place]))
+        mine = sorted((result.leap, place) for place, result in enumerate(results) if result.pair[1] == target and len(shown[place]))
         places = [place for _, place in mine]
         spots = range(len(places))
         if places:
@@ -87,7 +87,7 @@ def r2_distributions(
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("R²" + (" (red: median of random directions)" if values is None else ""))
     figure.suptitle(f"{what} · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def mean_grid(
@@ -120,7 +120,7 @@ def mean_grid(
     axes.set_ylabel("target (after block)")
     figure.colorbar(image, ax=axes, shrink=0.8, label="mean over features")
     figure.suptitle(f"{what}\n{about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def trajectories(results: Sequence[FeatureResult], path: Path, about: str, most: int = 60) -> Path:
@@ -132,15 +132,15 @@ def trajectories(results: Sequence[FeatureResult], path: Path, about: str, most:
         about: Model and text, for the title.
         most: Features drawn as lines, evenly over the order of their mean R²; coloured by it.
     """
-    ordered = sorted(results, key=leap)
-    leaps = [leap(result) for result in ordered]
+    ordered = sorted(results, key=lambda result: result.leap)
+    leaps = [result.leap for result in ordered]
     table = torch.stack([result.scores.r2["transport"].value for result in ordered]).cpu()
     table = table[:, ~torch.isnan(table).any(0)]
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     order = table.mean(0).argsort()
     chosen = order[torch.linspace(0, max(len(order) - 1, 0), min(most, len(order))).round().long()]
-    for feature, colour in zip(chosen.tolist(), _colours(len(chosen)), strict=True):
+    for feature, colour in zip(chosen.tolist(), colours(len(chosen)), strict=True):
         axes.plot(leaps, table[:, feature].tolist(), color=colour, linewidth=0.5, alpha=0.6)
     if len(order):
         low, middle, high = torch.quantile(table, torch.tensor([0.25, 0.5, 0.75]).to(table), dim=1)
@@ -153,12 +153,7 @@ def trajectories(results: Sequence[FeatureResult], path: Path, about: str, most:
     axes.set_ylabel("held-out R²")
     axes.legend(fontsize=8)
     figure.suptitle(f"features at {ordered[0].pair[1]}, all ordinary tokens of test documents · {about}", fontsize=10)
-    return _save(figure, path)
-
-
-def leap(result: FeatureResult) -> int:
-    """Blocks between source and target."""
-    return int(result.pair[1]) - int(result.pair[0])
+    return save_figure(figure, path)
 
 
 def _known(results: Sequence[FeatureResult], values: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:

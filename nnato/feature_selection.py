@@ -14,7 +14,7 @@ from nnato.accumulation import default_corpus, tokenize
 from nnato.corpus import Corpus, TokenBlocks
 from nnato.dictionaries import Dictionary
 from nnato.errors import DictionaryError, FileFormatError
-from nnato.feature_traits import ActiveTokens, PublishedTraits, Traits, vocabulary_focus
+from nnato.feature_traits import ActiveTokens, PublishedTraits, Traits, read_tokens, vocabulary_focus
 from nnato.lens_training import head
 from nnato.losses import token_losses
 from nnato.models import describe
@@ -22,7 +22,6 @@ from nnato.reduction import capture, classify
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
 from nnato.storage import provenance, read_any_json
-from nnato.streaming import stream
 from nnato.trace import ATOTrace, save
 
 if TYPE_CHECKING:
@@ -160,17 +159,18 @@ def select_features(
     every = tokenize(model, corpus or default_corpus(info), progress)
     blocks = every.only(split)
     statistic = (ActiveTokens if preset == "corrected" else PublishedTraits)(dictionary, place)
-    request = {
-        "model": info.contents(),
-        "text": every.fingerprint["digest"],
-        "split": split,
-        "site": place.key,
-        "dictionary": dictionary.fingerprint()["digest"],
-        "preset": preset,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    about = stream(model, blocks, statistic, request, {}, file=file, kind=KIND, batch_size=batch_size, progress=progress)
+    about = read_tokens(
+        model,
+        info,
+        every,
+        statistic,
+        KIND,
+        split=split,
+        extra={"preset": preset, "seed": seed},
+        batch_size=batch_size,
+        file=file,
+        progress=progress,
+    )
     traits: Traits = statistic.result()
     focus = vocabulary_focus(dictionary.directions.nan_to_num(0.0), model._module.get_output_embeddings().weight)
     terms = {"coherence": traits.coherence, "focus": focus, "redundancy": traits.redundancy, "dead": -traits.rate}

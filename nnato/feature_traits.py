@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
 from nnato.active_scores import FEWEST_DOCUMENTS, FEWEST_TOKENS
+from nnato.corpus import TokenBlocks
 from nnato.dictionaries import Dictionary
 from nnato.errors import MomentsError
+from nnato.models import ModelInfo
 from nnato.sites import ResidualSite
-from nnato.statistics import ResidualBatch
+from nnato.statistics import Progress, ResidualBatch
+from nnato.streaming import stream
+
+if TYPE_CHECKING:
+    from nnato.nnsight_setup import TransformersModel
 
 CHUNK = 256
 """Tokens encoded at one time."""
@@ -209,6 +216,48 @@ class PublishedTraits:
             redundancy=(self._products / self._sequences).abs().amax(0).clamp(0, 1),
             tokens=self._tokens,
         )
+
+
+def read_tokens(
+    model: TransformersModel,
+    info: ModelInfo,
+    blocks: TokenBlocks,
+    statistic: ActiveTokens | PublishedTraits,
+    kind: str,
+    *,
+    split: str,
+    extra: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+    file: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Feed one split of a text to one of the two.
+
+    Args:
+        model: The model.
+        info: What `describe` says of it.
+        blocks: The text, tokenised.
+        statistic: What to feed.
+        kind: What a file of checkpoints holds.
+        split: Which documents.
+        extra: What else tells the run from others, in JSON.
+        batch_size: Token blocks per forward pass.
+        file: Where to keep checkpoints.
+        progress: Told of each batch.
+
+    Returns:
+        What `stream` does.
+    """
+    request = {
+        "model": info.contents(),
+        "text": blocks.fingerprint["digest"],
+        "split": split,
+        "site": statistic.sites[0].key,
+        "dictionary": statistic.dictionary.fingerprint()["digest"],
+        **(extra or {}),
+        "batch_size": batch_size,
+    }
+    return stream(model, blocks.only(split), statistic, request, {}, file=file, kind=kind, batch_size=batch_size, progress=progress)
 
 
 def count_pairs(latents: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

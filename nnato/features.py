@@ -98,6 +98,11 @@ class FeatureResult:
         """(source, target)."""
         return self.operator.pair
 
+    @property
+    def leap(self) -> int:
+        """Blocks between source and target."""
+        return int(self.pair[1]) - int(self.pair[0])
+
     def only(self, places: torch.Tensor) -> FeatureResult:
         """Judged by some of the features: false discoveries are counted among these. `places`: int64, in `features`."""
         scores = self.scores.take(places)

@@ -13,7 +13,7 @@ from nnato.fidelity import Fidelity
 from nnato.layer_stats import layer_distributions, mean_layer_histograms
 from nnato.lens_training import LensScore
 from nnato.multilayer import LayerActivity
-from nnato.plots import _save
+from nnato.plots import save_figure
 from nnato.prompts import PromptActivity
 from nnato.sites import ResidualSite
 
@@ -52,7 +52,7 @@ def layer_figure(activity: LayerActivity, path: Path, about: str) -> Path:
     right.bar(np.arange(1, len(names) + 1), spread / spread.sum(), color=COLOURS[0])
     right.set(xlabel="layers at which it is active at a token", ylabel="share", title="a latent at a token")
     figure.suptitle(about)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def reconstruction_figure(activity: LayerActivity, costs: Sequence[Fidelity], path: Path, about: str) -> Path:
@@ -85,7 +85,7 @@ def reconstruction_figure(activity: LayerActivity, costs: Sequence[Fidelity], pa
     for axis in axes:
         axis.tick_params(axis="x", labelsize=8)
     figure.suptitle(about)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def prompt_figure(activity: PromptActivity, path: Path) -> Path:
@@ -97,7 +97,7 @@ def prompt_figure(activity: PromptActivity, path: Path) -> Path:
     axis.set_xticks(range(len(activity.sites)), [str(site) for site in activity.sites])
     axis.set(xlabel="layer", ylabel=f"{len(latents)} active latents", yticks=[], title=activity.prompt)
     figure.colorbar(image, ax=axis, label="share of a latent's activation")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def lens_figure(scores: Mapping[str, Sequence[LensScore]], path: Path, about: str) -> Path:
@@ -117,7 +117,7 @@ def lens_figure(scores: Mapping[str, Sequence[LensScore]], path: Path, about: st
         axis.errorbar(sites, values[:, 0], spread, marker="o", color=colour, label=name)
     axis.set(xlabel="site (-1: embed)", ylabel="KL(model ‖ lens), nats per token", yscale="log", title=about)
     axis.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _place(site: ResidualSite) -> int:

@@ -140,11 +140,7 @@ class LayerStats:
         Raises:
             MomentsError: They do not fit.
         """
-        for name, mine in self.tensors().items():
-            stored = tensors.get(name)
-            if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype or not bool(torch.isfinite(stored).all()):
-                raise MomentsError(f"the stored layer statistics lack {name}, or it has another shape or values that are not finite")
-            mine.copy_(stored)
+        _take(self.tensors(), tensors)
         if not isinstance(tokens, int) or tokens < 0:
             raise MomentsError(f"the stored number of tokens is {tokens!r}")
         self.tokens = tokens
@@ -227,12 +223,21 @@ class Reconstruction:
         Raises:
             MomentsError: They do not fit.
         """
-        for name, mine in self.tensors().items():
-            stored = tensors.get(name)
-            if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype or not bool(torch.isfinite(stored).all()):
-                raise MomentsError(f"the stored layer statistics lack errors.{name}, or it has another shape, or is not finite")
-            mine.copy_(stored)
+        _take(self.tensors(), tensors, "errors.")
         self.n = tokens
+
+
+def _take(sums: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+    """Put stored tensors into sums; `prefix` names whose they are.
+
+    Raises:
+        MomentsError: They do not fit.
+    """
+    for name, mine in sums.items():
+        stored = tensors.get(name)
+        if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype or not bool(torch.isfinite(stored).all()):
+            raise MomentsError(f"the stored layer statistics lack {prefix}{name}, or it has another shape, or is not finite")
+        mine.copy_(stored)
 
 
 # ---- the variance of the layer -----------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ OTHER_COLOUR = "#89c2d9"
 """Of interventions that have no colour of their own: other operators."""
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure whole or not at all; the suffix decides the format."""
     with matplotlib.rc_context({"svg.hashsalt": "nnato"}), atomic(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     return path
@@ -82,7 +83,7 @@ def r2_heat_maps(fits: Sequence[Fit], path: Path, metric: str, about: str) -> Pa
         axes.set_title(title, fontsize=10)
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.suptitle(f"R², {METRIC_NAMES[metric]}, ordinary tokens of test documents · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def efficiency_curves(results: Sequence[Efficiency], path: Path, about: str) -> Path:
@@ -95,7 +96,7 @@ def efficiency_curves(results: Sequence[Efficiency], path: Path, about: str) -> 
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for result, colour in zip(results, _colours(len(results)), strict=True):
+    for result, colour in zip(results, colours(len(results)), strict=True):
         ranks = [point.rank for point in result.points]
         values, low, high = ([getattr(point.efficiency, name) for point in result.points] for name in ("value", "low", "high"))
         left.plot(ranks, values, marker=".", color=colour, label=f"{result.pair[0]} → {result.pair[1]}")
@@ -113,7 +114,7 @@ def efficiency_curves(results: Sequence[Efficiency], path: Path, about: str) -> 
     right.set_ylabel("whitened R²")
     left.legend(fontsize=8, title="source → target")
     figure.suptitle(f"Reduced-rank operators, whitened metric, ordinary tokens, 95 % bands · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def paper_efficiency_curves(results: Sequence[PaperEfficiency], path: Path, about: str) -> Path:
@@ -126,14 +127,14 @@ def paper_efficiency_curves(results: Sequence[PaperEfficiency], path: Path, abou
     """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    for result, colour in zip(results, _colours(len(results)), strict=True):
+    for result, colour in zip(results, colours(len(results)), strict=True):
         axes.plot(result.ranks, result.efficiency, marker=".", color=colour, label=f"{result.pair[0]} → {result.pair[1]}")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xlabel("rank (singular values of W kept)")
     axes.set_ylabel("η(r), uncentred whitened metric")
     axes.legend(fontsize=8, title="source → target")
     axes.set_title(f"Efficiency as in the paper: truncated operators, in-sample ceiling\n{about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def correlation_spectra(results: Sequence[Efficiency], path: Path, about: str) -> Path:
@@ -167,7 +168,7 @@ def correlation_spectra(results: Sequence[Efficiency], path: Path, about: str) -
         axes.set_axis_off()
     panels[0].legend(fontsize=8)
     figure.suptitle(f"Canonical correlations of source and target, ordinary training tokens · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def subspace_bars(results: Sequence[Efficiency], path: Path, about: str) -> Path:
@@ -196,7 +197,7 @@ def subspace_bars(results: Sequence[Efficiency], path: Path, about: str) -> Path
     axes.set_ylabel("dimensions (dashed: all)")
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axes.set_title(f"Size of the Linear Transport Subspace · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def scaling_curves(results: Sequence[Scaling], path: Path, metric: str, about: str) -> Path:
@@ -210,7 +211,7 @@ def scaling_curves(results: Sequence[Scaling], path: Path, metric: str, about: s
     """
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    for result, colour in zip(results, _colours(len(results)), strict=True):
+    for result, colour in zip(results, colours(len(results)), strict=True):
         tokens = [point.tokens for point in result.points]
         values, low, high = ([getattr(point.r2[metric], name) for point in result.points] for name in ("value", "low", "high"))
         axes.plot(tokens, values, marker=".", color=colour, label=f"{result.pair[0]} → {result.pair[1]}")
@@ -223,10 +224,11 @@ def scaling_curves(results: Sequence[Scaling], path: Path, metric: str, about: s
     axes.set_ylabel(f"R² on test, {METRIC_NAMES[metric]}")
     axes.legend(fontsize=8, title="source → target")
     axes.set_title(f"R² against training tokens, ordinary tokens, 95 % bands\n{about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _colours(count: int) -> list[tuple[float, ...]]:
+def colours(count: int) -> list[tuple[float, ...]]:
+    """So many colours, from dark to light."""
     palette = matplotlib.colormaps["viridis"]
     return [palette(0.9 * number / max(1, count - 1)) for number in range(count)]
 
@@ -254,7 +256,7 @@ def ablation_bars(results: Sequence[AblationResult], path: Path, about: str) -> 
     first = results[0]
     how = f"{first.draws.describe()}, {first.size()}, {first.documents} documents, 95 % intervals"
     figure.suptitle(f"Residuals replaced at {how} · {about}", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _bars(axes: Axes, values: Mapping[str, Interval], base: float = 0.0) -> None:

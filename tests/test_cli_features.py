@@ -36,8 +36,8 @@ def folder(saved_model, text, tmp_path):
 
 def test_evaluate(folder, monkeypatch):
     drawn = []
-    save = plots._save
-    monkeypatch.setattr("nnato.feature_plots._save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
+    save = plots.save_figure
+    monkeypatch.setattr("nnato.feature_plots.save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
     where = ("features", "evaluate", folder / "moments", "--target", "3", "--sae", folder / "sae", "--force", "--random", "30")
     results = check_envelope(run(*where, "--json", "--out", folder / "out"))
     assert results == json.loads((folder / "out" / "features.json").read_text())

@@ -24,7 +24,7 @@ from nnato.errors import DictionaryError
 from nnato.feature_plots import mean_grid, r2_distributions, trajectories
 from nnato.features import evaluate_features, fitted_maps, quadratic_forms, score_directions
 from nnato.models import describe
-from nnato.plots import _save
+from nnato.plots import save_figure
 from nnato.regression import Regression
 from nnato.selection import Method
 from nnato.sites import ResidualSite
@@ -269,7 +269,7 @@ def test_what_does_not_belong_is_refused(model, corpus, dictionary):
 @pytest.fixture
 def drawn(monkeypatch):
     found = []
-    monkeypatch.setattr("nnato.feature_plots._save", lambda figure, path: (found.append(figure), _save(figure, path))[1])
+    monkeypatch.setattr("nnato.feature_plots.save_figure", lambda figure, path: (found.append(figure), save_figure(figure, path))[1])
     return found
 
 

@@ -25,8 +25,8 @@ from nnato.scaling import scaling_study
 @pytest.fixture
 def figures(monkeypatch):
     drawn: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
     return drawn
 
 

@@ -62,6 +62,7 @@ text_options = options(
     click.option("--column", help="Text field of .jsonl files and data sets.  [default: text]"),
 )
 batch_option = click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences per forward pass.")
+sae_option = click.option("--sae", required=True, help="A folder of sae_lens, a params.npz of Gemma Scope, RELEASE/ID, or mlsae:PATH.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 metric_option = click.option(
     "--metric",

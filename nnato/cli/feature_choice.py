@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nnato.cli import common
-from nnato.cli.tables import _table
+from nnato.cli.tables import new_table
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from nnato.statistics import Progress
 
 FILE = "selected.json"
-NOTE = "same rates: other features, drawn among those that are active as often; 95 % intervals over features"
+NOTE = "same rates: other features, drawn among those active as often; 95 % over features"
 
 
 @common.command("select")
 @click.argument("model", required=False)
 @click.option("--target", required=True, help="The site of the SAE.")
-@click.option("--sae", required=True, help="A folder of sae_lens, a params.npz of Gemma Scope, RELEASE/ID, or mlsae:PATH.")
+@common.sae_option
 @click.option("--preset", type=click.Choice(["corrected", "paper"]), default="corrected", show_default=True, help="Paper: as its code.")
 @click.option("--top", default="5%", show_default=True, help="How many to keep, as a share of all latents.")
 @click.option("--sequences", type=int, default=4, show_default=True, help="Of each candidate, to measure what it does to the loss.")
@@ -111,7 +111,7 @@ def _show(found: Selection, file: Path) -> None:
     about = found.about
     names = ("score", *found.terms)
     title = f"The best {min(10, len(found.features))} of {len(found.features)} features ({about['preset']} score)"
-    table = _table(title, ("feature", *names))
+    table = new_table(title, ("feature", *names))
     for feature in found.features[:10].tolist():
         row = found.row(feature)
         table.add_row(str(feature), *(f"{row[name]:.3g}" for name in names))
@@ -183,7 +183,7 @@ def show_bias(results: list[tuple[FeatureResult, FeatureResult]]) -> None:
     from nnato.feature_controls import selection_bias
 
     columns = ("pair", "selected", "same rates", "random dir.", "selected - same rates")
-    table = _table("mean R² of selected features and of controls", columns)
+    table = new_table("mean R² of selected features and of controls", columns)
     for selected, matched in results:
         bias = selection_bias(selected, matched)
         difference = bias["difference"]["mean"]
@@ -193,6 +193,4 @@ def show_bias(results: list[tuple[FeatureResult, FeatureResult]]) -> None:
             f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
         )
     common.console().print(table)
-    common.console().print(
-        "same rates: other features, drawn among those active as often; 95 % over features", style="dim", highlight=False
-    )
+    common.console().print(NOTE, style="dim", highlight=False)

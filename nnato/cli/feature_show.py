@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nnato.cli import common
-from nnato.cli.tables import _table
+from nnato.cli.tables import new_table
 
 if TYPE_CHECKING:
     from nnato.feature_page import Feature
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @common.command("show")
 @click.argument("feature")
 @click.argument("moments", required=False, type=click.Path(path_type=Path))
-@click.option("--sae", required=True, help="A folder of sae_lens, a params.npz of Gemma Scope, RELEASE/ID, or mlsae:PATH.")
+@common.sae_option
 @click.option("--leap", help="Leaps before the site, for example 1-8.  [default: all sources that the moments hold]")
 @click.option("--examples", type=int, default=8, show_default=True, help="Contexts to show.")
 @click.option("--force", is_flag=True, help="Go on with fewer than 5 effective tokens per dimension.")
@@ -77,7 +77,7 @@ def _show(found: Feature) -> None:
     from nnato.feature_page import shown
 
     title = f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens"
-    table = _table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act. R²", "F. R²", "AUC"))
+    table = new_table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act. R²", "F. R²", "AUC"))
     for row in found.rows:
         active = row["active"]
         scores = ("–",) * 3 if active is None else (shown(active["r2"]["value"]), shown(active["latent_r2"]), shown(active["auc"]))

@@ -26,7 +26,7 @@ def command() -> None:
 @common.command("evaluate")
 @click.argument("moments", required=False, type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="The site of the SAE.")
-@click.option("--sae", required=True, help="A folder of sae_lens, a params.npz of Gemma Scope, RELEASE/ID, or mlsae:PATH.")
+@common.sae_option
 @click.option("--leap", help="Leaps before --target, for example 1-8.  [default: all sources that the moments hold]")
 @click.option(
     "--features",

@@ -19,9 +19,7 @@ def command() -> None:
 
 
 @common.command("train")
-@click.argument("model", required=False)
-@click.option("--layers", default="all", show_default=True, help="all, or a list such as 3,9,15.")
-@click.option("--lens", type=click.Path(path_type=Path), help="A lens that carries residuals to the last layer first (nnato lens fit).")
+@training.layers_options
 @training.recipe_options
 @training.text_options
 @common.batch_option

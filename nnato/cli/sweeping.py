@@ -11,11 +11,9 @@ from nnato.cli import common, training
 
 
 @common.command("sweep")
-@click.argument("model", required=False)
+@training.layers_options
 @click.option("--expansions", default="8,16", show_default=True, help="Latents per dimension, of each SAE.")
 @click.option("--ks", default="16,32", show_default=True, help="Active latents, of each SAE.")
-@click.option("--layers", default="all", show_default=True, help="all, or a list such as 3,9,15.")
-@click.option("--lens", type=click.Path(path_type=Path), help="A lens that carries residuals to the last layer first (nnato lens fit).")
 @training.course_options
 @training.text_options
 @common.batch_option

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nnato.shards import Shard
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def new_table(title: str, columns: Sequence[str]) -> Table:
     """A table narrow enough for 80 columns, numbers on the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -40,7 +40,7 @@ def show_fits(fits: list[Fit], metric: str) -> None:
     """Table of held-out R²."""
     title = f"R² on test documents ({metric.replace('_', '-')}, ordinary tokens)"
     columns = ("pair", "operator", "ident.", "+shift", "×s", "rand.", "shuf.", "skill", "all", "penal.")
-    table = _table(title, columns)
+    table = new_table(title, columns)
     for fit in fits:
         names = ("identity", "identity_shift", "identity_scaled", "random_orthogonal", "shuffled")
         base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in names]
@@ -75,7 +75,7 @@ def _with_error(interval: Interval) -> str:
 
 def _show_compositions(fits: list[Fit], metric: str) -> None:
     """Table of operators against compositions of two that lead to the same target."""
-    table = _table("R² of one operator and of two in a row", ("pair", "through", "direct", "composed"))
+    table = new_table("R² of one operator and of two in a row", ("pair", "through", "direct", "composed"))
     for fit in fits:
         for site, scores in fit.composed.items():
             pair = f"{fit.operator.source} → {fit.operator.target}"
@@ -88,7 +88,7 @@ def show_efficiencies(results: list[Efficiency]) -> None:
     from nnato.cca import participation_ratio
 
     columns = ("pair", "in sample", "cross-fit", "debiased", "noise", "n_eff", "LTS", "90 %", "PR", "PR shuf.")
-    table = _table("Σρ² of source and target, and size of the transport subspace", columns)
+    table = new_table("Σρ² of source and target, and size of the transport subspace", columns)
     for result in results:
         found = result.correlations
         table.add_row(
@@ -113,7 +113,7 @@ def show_efficiencies(results: list[Efficiency]) -> None:
     console().print(notes, style="dim", highlight=False)
     for first in range(0, len(results), 5):
         some = results[first : first + 5]
-        table = _table("η(r): whitened R² on test / debiased ceiling", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        table = new_table("η(r): whitened R² on test / debiased ceiling", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
         ranks = sorted({point.rank for one in some for point in one.points})
         for rank in [*ranks[:-1:3], ranks[-1]] if len(ranks) > 10 else ranks:
             found_points = [next((point for point in one.points if point.rank == rank), None) for one in some]
@@ -135,7 +135,7 @@ def show_paper_efficiencies(results: list[PaperEfficiency]) -> None:
     """Table of efficiencies by the paper's protocol."""
     for first in range(0, len(results), 5):
         some = results[first : first + 5]
-        table = _table("η(r) as in the paper", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        table = new_table("η(r) as in the paper", ("rank", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
         for number, rank in enumerate(some[0].ranks):
             table.add_row(str(rank), *(f"{one.efficiency[number]:.2f}" for one in some))
         table.add_row("mean", *(f"{one.mean_efficiency:.2f}" for one in some), style="bold")
@@ -149,7 +149,7 @@ def show_scalings(results: list[Scaling], metric: str) -> None:
     for first in range(0, len(results), 5):
         some = results[first : first + 5]
         title = f"R² on test documents ({metric.replace('_', '-')}) against training tokens"
-        table = _table(title, ("tokens", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
+        table = new_table(title, ("tokens", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
         for number, point in enumerate(some[0].points):
             table.add_row(f"{point.tokens:,}", *(_with_error(one.points[number].r2[metric]) for one in some))
         table.add_row("per doubling", *(f"{one.per_doubling(metric):+.3f}" for one in some), style="bold")
@@ -171,7 +171,7 @@ def show_accumulated(accumulated: Accumulated) -> None:
 def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -> None:
     """Table of R² over features and of verdicts, one row per source, and one of scores where features are active."""
     columns = ("pair", "R²", "5 %", "95 %", "+shift", "ceil.", "rand.", "transp.", "mixed", "synth.", "undet.")
-    table = _table("features: R² on test documents (all ordinary tokens)", columns)
+    table = new_table("features: R² on test documents (all ordinary tokens)", columns)
     for result in results:
         one = result.summary()
         r2 = one["r2"]["transport"]
@@ -187,7 +187,7 @@ def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -
         )
     console().print(table)
     if "active" in entries[0]:
-        table = _table("where features are active", ("pair", "known", "R²", "Pearson", "latent R²", "prec.", "recall", "F1", "AUC"))
+        table = new_table("where features are active", ("pair", "known", "R²", "Pearson", "latent R²", "prec.", "recall", "F1", "AUC"))
         for result, entry in zip(results, entries, strict=True):
             one = entry["active"]
             names = ("active_r2", "active_pearson", "latent_r2", "precision", "recall", "f1", "auc")
@@ -197,7 +197,9 @@ def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -
         some = one["sampled"]
         say(f"latent R² to AUC: of {some['tokens']:,} of {one['tokens']:,} tokens, and {some['features']:,} features active in enough")
     if "paper" in entries[0]:
-        table = _table("the paper's numbers of active tokens: mean (median)", ("", *(f"{one.pair[0]} → {one.pair[1]}" for one in results)))
+        table = new_table(
+            "the paper's numbers of active tokens: mean (median)", ("", *(f"{one.pair[0]} → {one.pair[1]}" for one in results))
+        )
         for name in entries[0]["paper"]:
             numbers = [entry["paper"][name] for entry in entries]
             table.add_row(name, *(f"{one['mean']:.3g} ({one['0.5']:.3g})" for one in numbers))
@@ -249,7 +251,7 @@ def _show_divergences(result: AblationResult) -> None:
     distances = next(iter(result.effects.values())).by_distance
     shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
     columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown), "edit")
-    table = _table("", columns)
+    table = new_table("", columns)
     for name, effect in result.effects.items():
         table.add_row(
             name,
@@ -267,7 +269,7 @@ def show_ablations(results: list[AblationResult]) -> None:
     """Table of losses under interventions, one per pair."""
     for result in results:
         title = f"{result.name()}: {result.draws.describe()}, {result.size()}"
-        table = _table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
+        table = new_table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
         table.add_row("(unedited)", f"{result.log_perplexity:.3f}")
         for name, effect in result.effects.items():
             at, over, recovered = effect.delta_loss_at_edit, effect.minus_transport, effect.loss_recovered_mean

@@ -12,6 +12,11 @@ from nnato.cli import common
 if TYPE_CHECKING:
     from nnato.sae_training import Recipe, Trained
 
+layers_options = common.options(
+    click.argument("model", required=False),
+    click.option("--layers", default="all", show_default=True, help="all, or a list such as 3,9,15."),
+    click.option("--lens", type=click.Path(path_type=Path), help="A lens that carries residuals to the last layer first (nnato lens fit)."),
+)
 size_options = common.options(
     click.option("--expansion", type=int, default=16, show_default=True, help="Latents per dimension of the residual stream."),
     click.option("-k", "k", type=int, default=32, show_default=True, help="Active latents."),
