@@ -33,6 +33,7 @@ bench: .venv/bench.stamp
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
 	.venv/bin/python benchmarks/solvers.py
+	.venv/bin/python benchmarks/solvers.py --sizes 2304x20000x5 --only 'moments;moments, float32 products, screened' --name solvers-wide
 	.venv/bin/python benchmarks/features.py
 	.venv/bin/python benchmarks/mlsae.py
 	.venv/bin/python benchmarks/remote.py

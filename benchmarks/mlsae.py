@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--way", choices=["dense", "sparse", "flat"], help="only this, in this process, and print it")
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--tokens", type=int, default=4096, help="each is a row at every layer")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.way:
         print(json.dumps(flat() if arguments.way == "flat" else one_way(arguments.way)))

@@ -3,7 +3,7 @@
 `GridSearchCV(Ridge)` and himalaya's `RidgeCV` with one penalty for all targets.
 
 The paper's 8 penalties and 5 folds, contiguous as there. Each run is a process of its own on one thread; they take turns, and the
-medians of the ratios of each turn are reported. Prints one JSON object and writes benchmarks/results/solvers.json.
+medians of the ratios of each turn are reported. Prints one JSON object and writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def run(role: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="576x100000x3,2304x20000x3", help="width x tokens x repeats, …")
+    parser.add_argument("--sizes", default="576x100000x5", help="width x tokens x repeats, …")
     parser.add_argument("--name", default="solvers", help="of the file in benchmarks/results")
     parser.add_argument("--only", help="of the ways, these besides scikit-learn, separated by ;  [default: all]")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)

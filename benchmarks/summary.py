@@ -136,7 +136,7 @@ SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "memory": memory,
     "trace": trace,
     "solvers": solvers,
-    "solvers-short": solvers,
+    "solvers-wide": solvers,
     "features": features,
     "remote": remote,
     "mlsae": mlsae,

@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
@@ -73,9 +74,8 @@ def prepare_folder(folder: Path, remedy: str = "choose another folder with --out
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".nnato-{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # which has no name where the system can do that: a kill leaves nothing behind
+            pass
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
     return folder

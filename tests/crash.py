@@ -115,19 +115,18 @@ def names_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files with the same tensors and the same tables."""
-    names = names_of(one)
-    if names != names_of(other):
-        return False
-    for name in names:
-        if name.endswith(".safetensors"):
-            mine, yours = tensors(one / name), tensors(other / name)
-            if set(mine) != set(yours) or not all(torch.equal(mine[key], yours[key]) for key in mine):
-                return False
-        elif name.endswith(".csv") and (one / name).read_bytes() != (other / name).read_bytes():
-            return False
-    return True
+def difference(one: Path, other: Path) -> list[str]:
+    """The files of two folders that are in one of them only, or that differ in their tensors or tables."""
+    mine, yours = names_of(one), names_of(other)
+    return sorted(set(mine) ^ set(yours)) + [name for name in mine if name in yours and differ(one / name, other / name)]
+
+
+def differ(one: Path, other: Path) -> bool:
+    """Whether two files hold other tensors or another table."""
+    if one.suffix == ".safetensors":
+        mine, yours = tensors(one), tensors(other)
+        return set(mine) != set(yours) or not all(torch.equal(mine[key], yours[key]) for key in mine)
+    return one.suffix == ".csv" and one.read_bytes() != other.read_bytes()
 
 
 def torment(name: str, arguments: Sequence[str], scratch: Path, kills: int, rng: random.Random) -> dict[str, object]:
@@ -138,13 +137,13 @@ def torment(name: str, arguments: Sequence[str], scratch: Path, kills: int, rng:
         raise SystemExit(f"{arguments} fails undisturbed: {Path(LOG).read_text()}")
     duration = time.monotonic() - start
     killed = completed = seen = steps = 0
-    equal = True
+    different: list[str] = []
 
-    def go_on() -> bool:
-        """Run to the end; whether it comes to the same."""
+    def go_on() -> None:
+        """Run to the end, and see whether it comes to the same."""
         if ended(forked([*arguments, "--out", str(broken)])):
             raise SystemExit(f"{arguments} fails after a kill: {Path(LOG).read_text()}")
-        return same(whole, broken)
+        different.extend(difference(whole, broken))
 
     while killed < kills:
         child = forked([*arguments, "--out", str(broken)])
@@ -158,9 +157,9 @@ def torment(name: str, arguments: Sequence[str], scratch: Path, kills: int, rng:
             killed += 1
         seen += check_whole(broken) if broken.exists() else 0
         if ended_job(broken, whole):  # begin anew, or the rest of the kills would fall on a job with nothing to do
-            equal &= same(whole, broken)
+            different += difference(whole, broken)
             shutil.rmtree(broken)
-    equal &= go_on()
+    go_on()
     while True:
         shutil.rmtree(broken)
         code = ended(forked([*arguments, "--out", str(broken)], kill_before(steps)))
@@ -170,16 +169,16 @@ def torment(name: str, arguments: Sequence[str], scratch: Path, kills: int, rng:
         if code != -signal.SIGKILL:
             raise SystemExit(f"{arguments} fails with {code}: {Path(LOG).read_text()}")
         if steps % 3 == 0:
-            equal &= go_on()
+            go_on()
         steps += 1
-    equal &= same(whole, broken)
+    different += difference(whole, broken)
     return {
         "job": name,
         "seconds": round(duration, 2),
         "killed": killed,
         "steps": steps,
         "files_read": seen,
-        "same": equal,
+        "different": different,
     }
 
 
