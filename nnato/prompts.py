@@ -63,19 +63,34 @@ class PromptActivity:
         order = mean.argsort(descending=True, stable=True)
         return live[order].tolist(), shares[order]
 
-    def strongest(self, count: int) -> list[int]:
-        """The latents with the largest sums of activation, largest first."""
-        total = self.strengths().sum(1)
+    def strongest(self, count: int, position: int | None = None) -> list[int]:
+        """The latents with the largest sums of activation, over the prompt or at one position; largest first."""
+        total = self.strengths(position).sum(1)
         return [int(latent) for latent in total.argsort(descending=True, stable=True)[:count] if total[latent] > 0]
+
+    def rows(self, most: int, position: int | None = None) -> tuple[list[tuple[int, list[float], float]], int]:
+        """The heat map of at most so many latents, the strongest ones.
+
+        Returns:
+            For each its number, its distribution over layers and the sum of its activation, latest mean layer first; and how many
+            latents are active in all.
+        """
+        latents, shares = self.heat_map(position)
+        shown = set(self.strongest(most, position))
+        totals = self.strengths(position).sum(1)
+        rows = zip(latents, shares.tolist(), strict=True)
+        return [(latent, share, float(totals[latent])) for latent, share in rows if latent in shown], len(latents)
 
     def to_json(self) -> dict[str, Any]:
         """As in `--json`: for each layer and position the active latents, strongest first; sparse, so a page of text stays small."""
+        values, order = self.values.sort(dim=-1, descending=True)
+        ranked = zip(self.sites, values.tolist(), self.latents.gather(-1, order).tolist(), strict=True)
+        encoded = torch.nonzero(self.ordinary)[:, 0].tolist()
         cells = []
-        for at, site in enumerate(self.sites):
-            for position in torch.nonzero(self.ordinary)[:, 0].tolist():
-                order = self.values[at, position].argsort(descending=True)
-                pairs = [(int(self.latents[at, position, i]), round(float(self.values[at, position, i]), 4)) for i in order]
-                cells.append({"site": site.key, "position": position, "latents": [list(pair) for pair in pairs if pair[1] > 0]})
+        for site, strengths, latents in ranked:
+            for position in encoded:
+                pairs = [[latent, round(value, 4)] for latent, value in zip(latents[position], strengths[position], strict=True)]
+                cells.append({"site": site.key, "position": position, "latents": [pair for pair in pairs if pair[1] > 0]})
         return {"prompt": self.prompt, "tokens": list(self.tokens), "encoded": self.ordinary.tolist(), "active": cells}
 
 
@@ -118,17 +133,11 @@ def write_page(activity: PromptActivity, path: str | Path, most: int = 400) -> P
     Raises:
         OutputError: It cannot be written.
     """
-    latents, shares = activity.heat_map()
-    shown = set(activity.strongest(most))
-    totals = activity.strengths().sum(1)
-    rows = [
-        _row(f"{latent}", share.tolist(), [str(site) for site in activity.sites], f"{float(totals[latent]):.2f}")
-        for latent, share in zip(latents, shares, strict=True)
-        if latent in shown
-    ]
+    shown, active = activity.rows(most)
+    rows = [_row(f"{latent}", share, [str(site) for site in activity.sites], f"{total:.2f}") for latent, share, total in shown]
     strip = "".join(_token(activity, position) for position in range(len(activity.tokens)))
     headings = "".join(f"<th>{site}</th>" for site in activity.sites)
-    left = f" The strongest {len(rows)} of {len(latents)} active latents are shown." if len(rows) < len(latents) else ""
+    left = f" The strongest {len(rows)} of {active} active latents are shown." if len(rows) < active else ""
     page = _PAGE.format(
         title=html.escape(f"{activity.model['name']}: latents by layer"),
         prompt=strip,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +19,12 @@ from nnato.multilayer import MultiLayerSAE
 from nnato.reduction import TokenClasses, capture
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
+from nnato.storage import read_json, require, require_entries
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
 
+FILE = "examples.json"
 WINDOW = (10, 5)
 """Tokens shown before and behind the one at which a latent is active; fewer at the ends of a block, and never of another document."""
 
@@ -179,6 +184,44 @@ def top_examples(
     if progress is not None:
         progress("looking for examples", len(plan), len(plan))
     return TopExamples(sae, blocks, leaders)
+
+
+def read_examples(path: str | Path, sae: MultiLayerSAE) -> dict[int, list[Example]]:
+    """Read the examples that `nnato mlsae examples SAE --out FOLDER` wrote.
+
+    Args:
+        path: The file, or its folder.
+        sae: The SAE they are of.
+
+    Returns:
+        Examples by latent, as they were written: most active first.
+
+    Raises:
+        FileFormatError: It is no such file, or names a latent or a layer that the SAE does not have.
+    """
+    path = Path(path).expanduser()
+    path = path / FILE if path.is_dir() else path
+    found: dict[int, list[Example]] = {}
+    for name, records in read_json(path).items():
+        known = name.isascii() and name.isdigit() and len(name) < 10 and int(name) < sae.latents
+        require(known, path, f"{name!r} is no latent of the SAE, which has {sae.latents}")
+        require(isinstance(records, list), path, f"latent {name} has no list of examples")
+        found[int(name)] = [_example(record, int(name), sae, path) for record in records]
+    return found
+
+
+def _example(record: Any, latent: int, sae: MultiLayerSAE, path: Path) -> Example:
+    require(isinstance(record, dict), path, f"an example of latent {latent} is no object")
+    require_entries(record, path, latent=int, activation=float, tokens=list, at=int, document=str)
+    require(record["latent"] == latent, path, f"an example of latent {latent} is of another one")
+    sites = {site.key: site for site in sae.sites}
+    require(record.get("site") in list(sites), path, f"latent {latent} has an example at a layer where the SAE is not read")
+    tokens = record["tokens"]
+    require(all(isinstance(token, str) for token in tokens), path, f"an example of latent {latent} holds something else than text")
+    require(0 <= record["at"] < len(tokens), path, f"an example of latent {latent} is at none of its tokens")
+    require(math.isfinite(record["activation"]), path, f"an example of latent {latent} has no finite activation")
+    require(re.fullmatch("[0-9a-f]{16}", record["document"]) is not None, path, f"an example of latent {latent} names no document")
+    return Example(latent, sites[record["site"]], record["activation"], tuple(tokens), record["at"], int(record["document"], 16))
 
 
 def busiest(examples: TopExamples, count: int) -> Sequence[int]:

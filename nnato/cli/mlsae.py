@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nnato.cli import card, common, remotely, steering, sweeping, training
+from nnato.cli import card, common, remotely, serving, steering, sweeping, training
 from nnato.cli.opening import Opened, out_option, sae_options
 
 
@@ -296,7 +296,7 @@ def _examples(as_json: bool, batch_size: int, latents: str | None, layer: str | 
       nnato mlsae examples mlsae/
       nnato mlsae examples mlsae/ --latents 5,17 --layer 9
     """
-    from nnato.top_examples import busiest, top_examples
+    from nnato.top_examples import FILE, busiest, top_examples
 
     folder = common.output_folder(out)
     chosen = _numbers(latents)
@@ -308,7 +308,7 @@ def _examples(as_json: bool, batch_size: int, latents: str | None, layer: str | 
     examples = {latent: found.of(tokenizer, latent, layer, count) for latent in chosen or busiest(found, 10)}
     record = {str(latent): [one.to_json() for one in ones] for latent, ones in examples.items()}
     if folder is not None:
-        common.write_json(folder / "examples.json", record)
+        common.write_json(folder / FILE, record)
     if as_json:
         opened.print_json(blocks, record)
         return
@@ -436,5 +436,17 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-for one in (_train, sweeping.sweep, _import, _layers, _similarity, _examples, _prompt, steering.steer, _transport, card.card):
+for one in (
+    _train,
+    sweeping.sweep,
+    _import,
+    _layers,
+    _similarity,
+    _examples,
+    _prompt,
+    steering.steer,
+    serving.serve,
+    _transport,
+    card.card,
+):
     command.add_command(one)
