@@ -1,8 +1,8 @@
 """A page in the browser for a multi-layer SAE whose model stays loaded: it maps requests to `prompts`, `steering` and `top_examples`.
 
-What a browser may be made to do by other pages is the threat: no header lets another origin read an answer, POST takes only a type of content
-that another origin may not send unasked, and the Host header must be this server's, so that no foreign name can be pointed at it. Nothing
-is kept of a prompt.
+The threat is what other pages may make a browser do: no header lets another origin read an answer, POST takes only a type of content that
+another origin may not send unasked, and the Host header must be this server's, so that no foreign name can be pointed at it. Nothing is
+kept of a prompt.
 """
 
 from __future__ import annotations

@@ -436,17 +436,6 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-for one in (
-    _train,
-    sweeping.sweep,
-    _import,
-    _layers,
-    _similarity,
-    _examples,
-    _prompt,
-    steering.steer,
-    serving.serve,
-    _transport,
-    card.card,
-):
+_here = (_train, _import, _layers, _similarity, _examples, _prompt, _transport)
+for one in (*_here, sweeping.sweep, steering.steer, serving.serve, card.card):
     command.add_command(one)

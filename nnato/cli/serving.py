@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; any other than this machine's own is open to all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0: any that is free.")
 @click.option(
-    "--examples", type=click.Path(path_type=Path), help="Folder of nnato mlsae examples --out.  [default: SAE, if they are there]"
+    "--examples", type=click.Path(path_type=Path), help="Folder of nnato mlsae examples --out.  [default: SAE, if there are some]"
 )
 @click.option("--dry-run", is_flag=True, help="Answer every route once, without a server, and end.")
 @common.json_option
 def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: bool, **options: Any) -> None:
     """A page in the browser to type prompts in: the latents of SAE by layer, where one is active, and what adding it does.
 
-    The model stays loaded, requests are answered one at a time, and nothing is kept of a prompt. It listens on this machine only; there is no
-    password, so leave it so on machines that others use. Top examples are shown if nnato mlsae examples SAE --out SAE was run before.
+    The model stays loaded, requests are answered one at a time, and nothing is kept of a prompt. It listens on this machine only, and there
+    is no password: whoever has an account there can use it. Top examples are shown if nnato mlsae examples SAE --out SAE was run before.
     Behind a lens, the way back to the residual stream is fitted to the text first.
 
     \b
@@ -45,7 +45,7 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: b
         rows = [{"route": route, "status": answer.status, "bytes": len(answer.packed())} for route, answer in rehearse(explorer)]
         _show(opened, rows, as_json)
         return
-    with contextlib.closing(Server(host, port)) as server:
+    with Server(host, port) as server:
         if not server.address.loopback:
             click.echo(f"Warning: {host} can be reached from other machines, and there is no password", err=True)
         with common.progress_bar() as progress:
