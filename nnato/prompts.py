@@ -115,6 +115,8 @@ def prompt_activity(model: TransformersModel, sae: MultiLayerSAE, prompt: str = 
         raise TextError(f"the prompt {prompt!r} is too short: give at least two tokens")
     check_text(model, ids.shape[1])
     special = torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, dtype=torch.int64))
+    if bool(special[:, 1:].all()):
+        raise TextError("the prompt holds only special tokens behind its first: give words that the tokenizer knows")
     residuals = capture(model, ids, sae.sites)
     ordinary = classify(residuals, torch.ones_like(special), special, None)[0][0].cpu()
     values, latents = (part.cpu() for part in sae.encode(sae.shared(residuals[:, 0])))

@@ -168,8 +168,10 @@ class Explorer:
         sae: The SAE.
         back: For an SAE behind a lens, the way back to the residual of each layer: of `fidelity.backward_maps`.
         examples: Examples by latent: of `top_examples.read_examples`.
+        opening: The prompt that the page opens with.
 
     Attributes:
+        opening: This prompt.
         page: The page, which holds nothing of the model.
 
     Raises:
@@ -184,13 +186,14 @@ class Explorer:
         *,
         back: Mapping[ResidualSite, AffineMap] | None = None,
         examples: Mapping[int, Sequence[Example]] | None = None,
+        opening: str = EXAMPLE,
     ) -> None:
         info = describe(model)
         sae.check_fits(info)
         if sae.lens is not None and (missing := set(sae.sites) - {sae.lens.last} - set(back or {})):
             raise MomentsError(f"behind a lens, steering needs a way back to layer {min(missing)}: give backward_maps(…)")
         self._model, self._sae, self._back, self._examples = model, sae.beside(model), back, dict(examples or {})
-        self._name, self._lock = info.name, threading.Lock()
+        self._name, self._lock, self.opening = info.name, threading.Lock(), opening
         self.page = resources.files("nnato").joinpath("templates/serve.html").read_text()
 
     @contextlib.contextmanager
@@ -216,7 +219,7 @@ class Explorer:
             "latents": self._sae.latents,
             "layers": [site.key for site in self._sae.sites],
             "lens": self._sae.lens is not None,
-            "prompt": EXAMPLE,
+            "prompt": self.opening,
             "examples": sorted(self._examples),
             "positions": list(POSITIONS),
             "runs": list(RUNS),
@@ -363,7 +366,7 @@ def _error(status: int, message: str, name: str | None = None, allow: str = "") 
 
 
 def rehearse(explorer: Explorer) -> list[tuple[str, Answer]]:
-    """Ask every route once, without a server: a prompt, its strongest latent, and what that does at the first layer.
+    """Ask every route once, without a server: the opening prompt, its strongest latent, and what that does at the first layer.
 
     Args:
         explorer: What answers.
@@ -383,10 +386,10 @@ def rehearse(explorer: Explorer) -> list[tuple[str, Answer]]:
 
     ask("GET", "/")
     about = ask("GET", "/api/about")
-    rows = ask("POST", "/api/prompt", {"prompt": EXAMPLE}).get("heat_map", {}).get("rows", [])
+    rows = ask("POST", "/api/prompt", {"prompt": explorer.opening}).get("heat_map", {}).get("rows", [])
     latent = max(rows, key=lambda row: row["total"])["latent"] if rows else 0
     ask("GET", f"/api/latents/{latent}")
-    ask("POST", "/api/steer", {"prompt": EXAMPLE, "latent": latent, "layer": about["layers"][0], "factor": 10})
+    ask("POST", "/api/steer", {"prompt": explorer.opening, "latent": latent, "layer": about["layers"][0], "factor": 10})
     return asked
 
 

@@ -41,6 +41,12 @@ def test_activations_of_a_prompt(model, lens):
     assert torch.allclose(shares.sum(1), torch.ones(len(latents)).double())
     means = shares @ torch.arange(BLOCKS).double()
     assert (means.diff() <= 0).all()
+    for position, part in ((None, dense.sum(1)), (3, dense[:, 3])):
+        rows, active = found.rows(2, position)
+        assert active == np.count_nonzero(part.sum(0))
+        assert {latent for latent, _, _ in rows} == set(np.argsort(-part.sum(0), kind="stable")[:2].tolist())
+        for latent, share, total in rows:
+            np.testing.assert_allclose([*share, total], [*(part[:, latent] / part[:, latent].sum()), part[:, latent].sum()], atol=1e-3)
     assert set(found.strongest(5)) == set(np.argsort(-dense.sum((0, 1)), kind="stable")[:5].tolist())
     record = found.to_json()
     assert len(json.dumps(record)) < 1e6
@@ -84,6 +90,8 @@ def test_page_is_whole_and_needs_nothing_else(model, tmp_path):
 def test_prompts_that_cannot_be_read(model):
     with pytest.raises(TextError, match="too short"):
         prompt_activity(model, random_sae(), "")
+    with pytest.raises(TextError, match="only special tokens behind its first"):
+        prompt_activity(model, random_sae(), "none known")
     with pytest.raises(PositionError, match="at most 512"):
         prompt_activity(model, random_sae(), "w1 " * 600)
 

@@ -453,7 +453,7 @@ def folder(tmp_path_factory):
 
 
 def test_dry_run(folder, saved_model, text):
-    command = ["mlsae", "serve", str(folder), "--model", str(saved_model), "--dry-run"]
+    command = ["mlsae", "serve", f"mlsae:{folder}", "--model", str(saved_model), "--prompt", PROMPT, "--dry-run"]
     runner = CliRunner()
     found = json.loads(runner.invoke(main, [*command, "--json"]).stdout)["results"]
     assert [row["status"] for row in found] == [200] * 5
@@ -481,13 +481,13 @@ def test_a_rehearsal_that_fails_says_so(model):
         def steer(self, fields):
             raise MomentsError("no")
 
-    assert [answer.status for _, answer in rehearse(Broken(model, random_sae()))] == [200, 200, 200, 200, 400]
+    assert [answer.status for _, answer in rehearse(Broken(model, random_sae(), opening=PROMPT))] == [200, 200, 200, 200, 400]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_serving_until_ctrl_c(folder, saved_model, host):
     code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom nnato.cli import main\nmain()"
-    command = [sys.executable, "-c", code, "mlsae", "serve", str(folder), "--model", str(saved_model), "--host", host, "--port", "0"]
+    command = [sys.executable, "-c", code, "mlsae", "serve", f"mlsae:{folder}", "--model", str(saved_model), "--host", host, "--port", "0"]
     with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = json.loads(process.stdout.readline())["results"]["url"]

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 @click.option(
     "--examples", type=click.Path(path_type=Path), help="Folder of nnato mlsae examples --out.  [default: SAE, if there are some]"
 )
+@click.option("--prompt", help="The prompt that the page opens with.  [default: that of the paper's figures]")
 @click.option("--dry-run", is_flag=True, help="Answer every route once, without a server, and end.")
 @common.json_option
-def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: bool, **options: Any) -> None:
+def serve(as_json: bool, host: str, port: int, examples: Path | None, prompt: str | None, dry_run: bool, **options: Any) -> None:
     """A page in the browser to type prompts in: the latents of SAE by layer, where one is active, and what adding it does.
 
     The model stays loaded, requests are answered one at a time, and nothing is kept of a prompt. It listens on this machine only, and there
@@ -41,7 +42,7 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: b
 
     if dry_run:
         with common.progress_bar() as progress:
-            opened, explorer = _open(options, examples, progress)
+            opened, explorer = _open(options, examples, prompt, progress)
         rows = [{"route": route, "status": answer.status, "bytes": len(answer.packed())} for route, answer in rehearse(explorer)]
         _show(opened, rows, as_json)
         return
@@ -49,7 +50,7 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: b
         if not server.address.loopback:
             click.echo(f"Warning: {host} can be reached from other machines, and there is no password", err=True)
         with common.progress_bar() as progress:
-            opened, explorer = _open(options, examples, progress)
+            opened, explorer = _open(options, examples, prompt, progress)
         if as_json:
             opened.print_json(None, {"url": server.address.url})
         else:
@@ -58,8 +59,9 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, dry_run: b
             server.answer(explorer)
 
 
-def _open(options: dict[str, Any], examples: Path | None, progress: Progress) -> tuple[Opened, Explorer]:
+def _open(options: dict[str, Any], examples: Path | None, prompt: str | None, progress: Progress) -> tuple[Opened, Explorer]:
     from nnato.fidelity import backward_maps
+    from nnato.prompts import EXAMPLE
     from nnato.serving import Explorer
     from nnato.top_examples import FILE, read_examples
 
@@ -72,7 +74,8 @@ def _open(options: dict[str, Any], examples: Path | None, progress: Progress) ->
     if opened.sae.lens is not None:
         maps = backward_maps(opened.model, opened.sae, opened.blocks(), progress=progress)
         back = {site: one.map for site, one in maps.items()}
-    return opened, Explorer(opened.model, opened.sae, back=back, examples=known)
+    opening = EXAMPLE if prompt is None else prompt
+    return opened, Explorer(opened.model, opened.sae, back=back, examples=known, opening=opening)
 
 
 def _show(opened: Opened, rows: list[dict[str, Any]], as_json: bool) -> None:
