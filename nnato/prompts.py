@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.errors import TextError
-from nnato.models import check_text, describe
+from nnato.models import ModelInfo, check_text, describe
 from nnato.multilayer import MultiLayerSAE
 from nnato.reduction import capture, classify
 from nnato.sites import ResidualSite
@@ -94,20 +94,21 @@ class PromptActivity:
         return {"prompt": self.prompt, "tokens": list(self.tokens), "encoded": self.ordinary.tolist(), "active": cells}
 
 
-def prompt_activity(model: TransformersModel, sae: MultiLayerSAE, prompt: str = EXAMPLE) -> PromptActivity:
+def prompt_activity(model: TransformersModel, sae: MultiLayerSAE, prompt: str = EXAMPLE, info: ModelInfo | None = None) -> PromptActivity:
     """Encode the residuals of one prompt.
 
     Args:
         model: The model.
         sae: The SAE.
         prompt: The text.
+        info: What `describe` says of the model, if that is known: it reads all weights, which takes as long as a short prompt.
 
     Raises:
         TextError: The prompt holds no token that is encoded.
         PositionError: It is longer than the model's context.
         DictionaryError: The SAE is of another model.
     """
-    info = describe(model)
+    info = describe(model) if info is None else info
     sae.check_fits(info)
     sae = sae.beside(model)
     ids = torch.tensor([model.tokenizer(prompt).input_ids], dtype=torch.int64)

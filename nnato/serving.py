@@ -188,12 +188,12 @@ class Explorer:
         examples: Mapping[int, Sequence[Example]] | None = None,
         opening: str = EXAMPLE,
     ) -> None:
-        info = describe(model)
-        sae.check_fits(info)
+        self._info = describe(model)
+        sae.check_fits(self._info)
         if sae.lens is not None and (missing := set(sae.sites) - {sae.lens.last} - set(back or {})):
             raise MomentsError(f"behind a lens, steering needs a way back to layer {min(missing)}: give backward_maps(…)")
         self._model, self._sae, self._back, self._examples = model, sae.beside(model), back, dict(examples or {})
-        self._name, self._lock, self.opening = info.name, threading.Lock(), opening
+        self._lock, self.opening = threading.Lock(), opening
         self.page = resources.files("nnato").joinpath("templates/serve.html").read_text()
 
     @contextlib.contextmanager
@@ -215,7 +215,7 @@ class Explorer:
         """What there is to ask for."""
         return {
             "nnato": __version__,
-            "model": self._name,
+            "model": self._info.name,
             "latents": self._sae.latents,
             "layers": [site.key for site in self._sae.sites],
             "lens": self._sae.lens is not None,
@@ -233,7 +233,7 @@ class Explorer:
             tokens = self._check_length(text)
             if position is not None:
                 position = _whole(position, "position", 0, tokens - 1)
-            found = prompt_activity(self._model, self._sae, text)
+            found = prompt_activity(self._model, self._sae, text, self._info)
         rows, active = found.rows(MOST_ROWS, position)
         named = [
             {"latent": latent, "total": round(total, 4), "shares": [round(one, 4) for one in shares]} for latent, shares, total in rows
@@ -255,7 +255,8 @@ class Explorer:
         site = layers[fields["layer"]]
         with self._turn():
             self._check_length(text)
-            found = steer(self._model, self._sae, text, latent, site, factor=float(factor), positions=positions, back=self._back)
+            how: dict[str, Any] = {"factor": float(factor), "positions": positions, "back": self._back, "info": self._info}
+            found = steer(self._model, self._sae, text, latent, site, **how)
             record = found.to_json(self._model.tokenizer, count)
         if not all(map(math.isfinite, record["kl"].values())):
             raise _RefusedError(400, "factor: the logits are not finite; give a smaller one, or serve with --dtype float32", "factor")

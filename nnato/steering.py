@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnato.errors import DictionaryError, MomentsError, PositionError, SiteError, TextError
-from nnato.models import check_text, describe
+from nnato.models import ModelInfo, check_text, describe
 from nnato.multilayer import MultiLayerSAE
 from nnato.operators import AffineMap
 from nnato.sites import ResidualSite
@@ -88,6 +88,7 @@ def steer(
     factor: float = 1.0,
     positions: str = "last",
     back: Mapping[ResidualSite, AffineMap] | None = None,
+    info: ModelInfo | None = None,
 ) -> Steered:
     """Run a prompt unedited, with a layer replaced by its reconstruction, and with `factor` of a latent added there.
 
@@ -103,6 +104,7 @@ def steer(
         factor: Activation to add; negative to take away, 0 for the logits of the model, to the bit.
         positions: One of `POSITIONS`.
         back: For an SAE behind a lens, the way back to the residual of each layer: of `fidelity.backward_maps`.
+        info: What `describe` says of the model, if that is known: it reads all weights, which takes as long as a short prompt.
 
     Raises:
         DictionaryError: The SAE is of another model, or has no such latent.
@@ -111,7 +113,7 @@ def steer(
         PositionError: Positions are unknown, or the prompt is longer than the model's context.
         TextError: The prompt is empty.
     """
-    info = describe(model)
+    info = describe(model) if info is None else info
     sae.check_fits(info)
     at = ResidualSite.parse(site, info.blocks)
     if at not in sae.sites:
