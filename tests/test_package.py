@@ -50,7 +50,7 @@ ROWS = [
         "feature_controls",
         "layer_merging",
     },
-    {"layer_plots", "feature_plots", "feature_page", "published", "cards"},
+    {"layer_plots", "feature_plots", "feature_page", "serving", "published", "cards"},
     {"cli"},
 ]
 
