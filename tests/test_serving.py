@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import re
@@ -155,7 +156,7 @@ def test_an_answer_for_twenty_tokens_is_small():
     zero = torch.zeros(5120), torch.zeros(640)
     dictionary = Dictionary("topk", weights, zero[0], weights.T / weights.norm(dim=0)[:, None], zero[1], zero[1], "layer_norm", k=32)
     explorer = Explorer(model, MultiLayerSAE(dictionary, tuple(map(ResidualSite, range(18)))))
-    prompt = EXAMPLE + " the one who had asked for"
+    prompt = EXAMPLE + " the one who had asked"
     status, found = ask(explorer, "POST", "/api/prompt", {"prompt": prompt})
     assert (status, len(found["tokens"])) == (200, 20)
     assert sum(len(cell["latents"]) for cell in found["active"]) > 5_000
@@ -202,6 +203,14 @@ def test_bad_fields_are_named(explorer, path, record, name, message):
     assert status == 400
     assert found["error"]["field"] == name
     assert message in found["error"]["message"]
+
+
+def test_steering_beyond_what_numbers_hold_is_refused(model):
+    sae = random_sae()
+    huge = dataclasses.replace(sae, dictionary=dataclasses.replace(sae.dictionary, W_dec=sae.dictionary.W_dec * 1e36))
+    status, found = ask(Explorer(model, huge), "POST", "/api/steer", {**STEER, "factor": 1e6})
+    assert (status, found["error"]["field"]) == (400, "factor")
+    assert "not finite; give a smaller one" in found["error"]["message"]
 
 
 def test_a_prompt_longer_than_the_models_context(model):
@@ -476,6 +485,16 @@ def test_dry_run(folder, saved_model, text):
     (folder / FILE).unlink()
 
 
+def test_dry_run_behind_a_lens(folder, saved_model, text, tmp_path):
+    words = ["--text", str(text), "--context", "32", "--per-document", "0", "--tokens", "100000"]
+    runner, model = CliRunner(), ["--model", str(saved_model)]
+    made = runner.invoke(main, ["lens", "fit", *model, *words, "--out", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    command = ["mlsae", "serve", f"mlsae:{folder}", *model, *words, "--lens", str(tmp_path), "--prompt", PROMPT, "--dry-run", "--json"]
+    found = json.loads(runner.invoke(main, command).stdout)["results"]
+    assert [row["status"] for row in found] == [200] * 5
+
+
 def test_a_rehearsal_that_fails_says_so(model):
     class Broken(Explorer):
         def steer(self, fields):
@@ -484,7 +503,7 @@ def test_a_rehearsal_that_fails_says_so(model):
     assert [answer.status for _, answer in rehearse(Broken(model, random_sae(), opening=PROMPT))] == [200, 200, 200, 200, 400]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("0.0.0.0", marks=pytest.mark.slow)])
 def test_serving_until_ctrl_c(folder, saved_model, host):
     code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom nnato.cli import main\nmain()"
     command = [sys.executable, "-c", code, "mlsae", "serve", f"mlsae:{folder}", "--model", str(saved_model), "--host", host, "--port", "0"]
