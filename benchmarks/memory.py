@@ -1,4 +1,4 @@
-"""Resident memory of `accumulate` after 1,000 and after 10,000 batches: it must not grow with tokens. And its files over their announced size.
+"""Resident memory of `accumulate` after 1,000 and 10,000 batches: it must not grow with tokens. Its files over their announced size.
 
 One process on a small random model, real code path throughout (temporary token file, trace, moments, checkpoints). Prints one JSON
 object and writes benchmarks/results/memory.json.
