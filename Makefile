@@ -26,17 +26,20 @@ docs: .venv/docs.stamp
 ndif:
 	$(PYTHON) tests/ndif/environment.py
 
-# The rivals are installed for this only.
+# The rivals are installed for this only. They would use threads of their own, and waiting ones use CPU time.
+bench: export OMP_NUM_THREADS = 1
+bench: export OPENBLAS_NUM_THREADS = 1
 bench: .venv/bench.stamp
 	.venv/bin/python benchmarks/accumulation.py
 	.venv/bin/python benchmarks/accumulation.py --sequences 8 --all-pairs-only 'nnato, float32 products, without null'
 	.venv/bin/python benchmarks/memory.py
 	.venv/bin/python benchmarks/trace.py
-	.venv/bin/python benchmarks/solvers.py
-	.venv/bin/python benchmarks/solvers.py --sizes 2304x20000x5 --only 'moments;moments, float32 products, screened' --name solvers-wide
+	.venv/bin/python benchmarks/solvers.py --only 'moments;moments, float32 products, screened'
+	.venv/bin/python benchmarks/solvers.py --sizes 576x20000x5 --only 'himalaya;moments' --name solvers-rivals
 	.venv/bin/python benchmarks/features.py
 	.venv/bin/python benchmarks/mlsae.py
 	.venv/bin/python benchmarks/remote.py
+	.venv/bin/python benchmarks/cluster.py
 	.venv/bin/python benchmarks/ablation.py
 	.venv/bin/python benchmarks/ablation.py --model smollm2 --targets 10,18,25
 	.venv/bin/python benchmarks/summary.py

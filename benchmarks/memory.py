@@ -1,4 +1,4 @@
-"""Resident memory of `accumulate` after 1,000 and after 10,000 batches: it must not grow with tokens.
+"""Resident memory of `accumulate` after 1,000 and 10,000 batches: it must not grow with tokens. Its files over their announced size.
 
 One process on a small random model, real code path throughout (temporary token file, trace, moments, checkpoints). Prints one JSON
 object and writes benchmarks/results/memory.json.
@@ -25,6 +25,7 @@ from conftest import make_module, make_tokenizer, random_words
 from nnato.accumulation import accumulate
 from nnato.corpus import Corpus
 from nnato.models import wrap
+from nnato.transport_moments import TransportMoments
 
 
 def main() -> None:
@@ -48,13 +49,17 @@ def main() -> None:
                 gc.collect()
                 resident[done] = process.memory_info().rss
 
-        corpus = Corpus(str(text), context=arguments.context)
-        accumulate(model, corpus, [(0, 2), (1, 3)], out=Path(scratch) / "m", batch_size=4, checkpoint_every=500, progress=progress)
+        corpus, folder = Corpus(str(text), context=arguments.context), Path(scratch) / "m"
+        found = accumulate(model, corpus, [(0, 2), (1, 3)], out=folder, batch_size=4, checkpoint_every=500, progress=progress)
+        files = sum(file.stat().st_size for file in folder.iterdir())
+        announced, _ = TransportMoments.bytes_for(found.moments.pairs, found.moments.d_model, corpus.folds)
     few, many = sorted(resident)
     record = {
         "batches": [few, many],
         "tokens_per_batch": 4 * arguments.context,
         "resident_mb": [resident[few] / 1e6, resident[many] / 1e6],
+        "bytes_of_files": files,
+        "bytes_announced": announced,
         "growth_mb": (resident[many] - resident[few]) / 1e6,
     }
     publish("memory", record)

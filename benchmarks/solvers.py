@@ -121,7 +121,7 @@ def run(role: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="576x100000x5", help="width x tokens x repeats, …")
+    parser.add_argument("--sizes", default="576x100000x5,2304x20000x5", help="width x tokens x repeats, …")
     parser.add_argument("--name", default="solvers", help="of the file in benchmarks/results")
     parser.add_argument("--only", help="of the ways, these besides scikit-learn, separated by ;  [default: all]")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)

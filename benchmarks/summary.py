@@ -76,6 +76,7 @@ def memory(record: dict[str, Any]) -> Iterator[Row]:
     """Of benchmarks/memory.py."""
     few, many = record["resident_mb"]
     yield Row(f"resident memory after {record['batches'][1]:,} batches over {record['batches'][0]:,}", many / few, 1.02, True)
+    yield Row("files of sums at width 32: bytes over those announced", record["bytes_of_files"] / record["bytes_announced"], 1.2, True)
 
 
 def trace(record: dict[str, Any]) -> Iterator[Row]:
@@ -119,6 +120,12 @@ def remote(record: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"bytes from a server for three times the tokens, {what} excluded tokens", many / few, 1.02, True)
 
 
+def cluster(record: dict[str, Any]) -> Iterator[Row]:
+    """Of benchmarks/cluster.py."""
+    for way, ratio in record["ratio"].items():
+        yield Row(f"{record['tokens']:,} tokens by {way}: CPU time over one process", ratio, None, True)
+
+
 def mlsae(record: dict[str, Any]) -> Iterator[Row]:
     """Of benchmarks/mlsae.py."""
     layers, training = record["layer_statistics"], record["training"]
@@ -136,9 +143,10 @@ SOURCES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "memory": memory,
     "trace": trace,
     "solvers": solvers,
-    "solvers-wide": solvers,
+    "solvers-rivals": solvers,
     "features": features,
     "remote": remote,
+    "cluster": cluster,
     "mlsae": mlsae,
     "ablation": ablation,
     "ablation-smollm2": ablation,

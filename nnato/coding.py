@@ -243,10 +243,7 @@ class SparseCoder:
         """The input as it is encoded, and the mean and scale that bring it back."""
         zero, one = x.new_zeros(()), x.new_ones(())
         if self.scaling == "layer_norm":
-            mean = x.mean(-1, keepdim=True)
-            centred = x - mean
-            deviation = centred.std(-1, keepdim=True)
-            return centred / (deviation + 1e-5), mean, deviation  # sae_lens adds the constant on the way in only
+            return standardise(x)
         if self.scaling == "constant_norm_rescale":
             factor = self.d_model**0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return x * factor, zero, 1 / factor
@@ -255,6 +252,21 @@ class SparseCoder:
     def _check_width(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.d_model:
             raise DictionaryError(f"{self} is for residuals of width {self.d_model}, not {x.shape[-1]}")
+
+
+def standardise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each residual by itself with mean 0 and deviation 1 over its coordinates: what sae_lens calls `layer_norm`.
+
+    Args:
+        x: Float (…, d_model).
+
+    Returns:
+        Standardised residuals, like x, and the means and deviations (…, 1) that bring them back.
+    """
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    deviation = centred.std(-1, keepdim=True)
+    return centred / (deviation + 1e-5), mean, deviation  # sae_lens adds the constant on the way in only
 
 
 _ACTS = ("kind", "W_enc", "b_enc", "W_dec", "b_dec", "shift", "scaling", "threshold", "gain", "magnitude_bias", "k")

@@ -39,21 +39,9 @@ _NAMES = {"gpt2-small": "gpt2"}
 
 @dataclass(frozen=True)
 class Dictionary(SparseCoder):
-    """A sparse autoencoder in the form in which it acts, all float32.
+    """A sparse autoencoder with what is known of where it belongs. Weights are those of `SparseCoder`, all float32.
 
     Attributes:
-        kind: How a latent's activation follows from its pre-activation p: `relu` (p if p > 0), `jumprelu` (p if p > threshold), `topk`
-            (the k largest of a token, if positive), `gated` (gain · (p - b_enc) + magnitude_bias if that and p are positive).
-        W_enc: (d_model, latents).
-        b_enc: (latents,).
-        W_dec: (latents, d_model).
-        b_dec: (d_model,).
-        shift: Subtracted from the (scaled) input before encoding, (d_model,): b_dec, or zero.
-        scaling: One of `SCALINGS`.
-        threshold: (latents,), of `jumprelu`.
-        gain: (latents,), of `gated`.
-        magnitude_bias: (latents,), of `gated`.
-        k: Of `topk`.
         sites: Where it was trained; more than one for a multi-layer SAE; empty if it does not say.
         model: Of the model it was trained on what is known: `name`, and for those that nnato trained its whole fingerprint.
         lens: Fingerprint of the lens behind which it was trained: it reads residuals of the last block only, or others through that lens.

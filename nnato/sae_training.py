@@ -20,6 +20,7 @@ from einops import rearrange
 
 from nnato.accumulation import tokenize
 from nnato.checkpoints import Checkpoints
+from nnato.coding import standardise
 from nnato.corpus import FRACTIONS, Corpus, TokenBlocks
 from nnato.dictionaries import origin
 from nnato.errors import DictionaryError
@@ -208,12 +209,6 @@ def default_corpus(recipe: Recipe) -> Corpus:
     return Corpus(tokens=max(math.ceil(recipe.tokens / FRACTIONS[0]), LEAST_TEXT), per_document=PER_DOCUMENT)
 
 
-def standardise(x: torch.Tensor) -> torch.Tensor:
-    """Each residual less its mean over dimensions, divided by its deviation: what sae_lens calls `layer_norm`; float (…, d_model)."""
-    centred: torch.Tensor = x - x.mean(-1, keepdim=True)
-    return centred / (centred.std(-1, keepdim=True) + 1e-5)
-
-
 def geometric_median(rows: torch.Tensor, steps: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
     """The point with the smallest sum of distances to all rows, by Weiszfeld's iteration; float64 (d,) for float (n, d)."""
     points = rows.double()
@@ -291,7 +286,7 @@ class _Rows:
         if self.lens is not None:
             x = self.lens.to_shared(x, self.sites)
         if self.recipe.scale == "token":
-            return standardise(x)
+            return standardise(x)[0]
         if self.factor is None:
             self.factor = x.shape[-1] ** 0.5 / float(torch.linalg.vector_norm(x, dim=-1).mean())
         return x * self.factor

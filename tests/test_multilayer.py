@@ -11,6 +11,7 @@ import torch
 from conftest import BLOCKS, WIDTH, hook_residuals
 from safetensors.torch import save_file
 
+from nnato.coding import standardise
 from nnato.dictionaries import Dictionary, load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, MomentsError, OperatorError, SiteError
 from nnato.layer_merging import merge_layer_shards
@@ -20,7 +21,7 @@ from nnato.models import describe
 from nnato.multilayer import MultiLayerSAE, layer_activity, load_layer_activity, load_multilayer
 from nnato.operators import TransportOperator
 from nnato.reduction import TokenClasses
-from nnato.sae_training import Recipe, standardise, train_sae
+from nnato.sae_training import Recipe, train_sae
 from nnato.shards import Shard
 from nnato.sites import ResidualSite
 from nnato.storage import read_artifact, write_artifact
@@ -65,7 +66,7 @@ def test_codes_are_those_of_the_definition():
     sae, (encoder, decoder, bias) = random_sae(), random_weights()
     x = torch.randn(BLOCKS, 30, WIDTH, generator=torch.Generator().manual_seed(3)) * 5 + 1
     values, latents = sae.encode(sae.shared(x))
-    pre = ((standardise(x) - bias) @ encoder).numpy()
+    pre = ((standardise(x)[0] - bias) @ encoder).numpy()
     dense = np.where(pre >= np.sort(pre, axis=-1)[..., -K:][..., :1], pre, 0).clip(min=0)
     found = torch.zeros(BLOCKS, 30, LATENTS).scatter_(-1, latents, values).numpy()
     np.testing.assert_allclose(found, dense, atol=1e-5)

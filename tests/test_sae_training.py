@@ -15,11 +15,12 @@ from conftest import BLOCKS, WIDTH, hook_residuals, make_module
 from scipy.optimize import minimize
 
 from nnato.cli import main
+from nnato.coding import standardise
 from nnato.corpus import Corpus
 from nnato.dictionaries import load_dictionary
 from nnato.errors import DictionaryError, FileFormatError, OperatorError
 from nnato.models import wrap
-from nnato.sae_training import Recipe, _Rows, default_corpus, geometric_median, standardise, train_sae
+from nnato.sae_training import Recipe, _Rows, default_corpus, geometric_median, train_sae
 from nnato.storage import read_artifact, read_metadata, write_artifact
 
 SMALL = Recipe(expansion=8, k=4, tokens=1500, rows=128, buffer=512, lr=3e-3)
@@ -141,7 +142,7 @@ def test_geometric_median_minimises_the_sum_of_distances():
 
 
 def test_a_vector_of_zeros_stays_finite():
-    assert torch.equal(standardise(torch.zeros(3, 7)), torch.zeros(3, 7))
+    assert torch.equal(standardise(torch.zeros(3, 7))[0], torch.zeros(3, 7))
 
 
 def test_no_dead_latent_no_auxiliary_loss(model, corpus):
@@ -154,7 +155,7 @@ def test_no_dead_latent_no_auxiliary_loss(model, corpus):
     raw = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
 
     def losses(dead, scale=1):
-        x = standardise(scale * raw)
+        x = standardise(scale * raw)[0]
         step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
         return training.sae.training_forward_pass(step).losses
 
@@ -182,7 +183,7 @@ def test_dead_is_counted_in_tokens(model, corpus):
         with torch.no_grad():
             training.sae.W_enc[:, 0] = 0
             training.sae.b_enc[0] = -100
-        batch = standardise(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)))
+        batch = standardise(torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
         window = 256 * 2 // rows
         for number in range(window + 1):
             assert not training.trainer.dead_neurons[0], number
