@@ -394,7 +394,7 @@ def rehearse(explorer: Explorer) -> list[tuple[str, Answer]]:
     return asked
 
 
-class Server(ThreadingHTTPServer):
+class PageServer(ThreadingHTTPServer):
     """Takes its port at once, and answers once `answer` is called.
 
     Args:
@@ -453,7 +453,7 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """Reads a request off its connection, within limits."""
 
-    server: Server
+    server: PageServer
     timeout = 30  # seconds of silence
 
     def _answer(self) -> None:

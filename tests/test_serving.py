@@ -31,7 +31,7 @@ from nnato.models import load_model
 from nnato.multilayer import MultiLayerSAE
 from nnato.operators import AffineMap
 from nnato.prompts import EXAMPLE
-from nnato.serving import HEADERS, MOST_BODY, ROUTES, Address, Explorer, Request, Server, rehearse, respond
+from nnato.serving import HEADERS, MOST_BODY, ROUTES, Address, Explorer, PageServer, Request, rehearse, respond
 from nnato.sites import ResidualSite
 from nnato.top_examples import FILE, Example, read_examples
 
@@ -300,7 +300,7 @@ def serve():
     running = []
 
     def start(explorer):
-        server = Server("127.0.0.1", 0)
+        server = PageServer("127.0.0.1", 0)
         thread = threading.Thread(target=server.answer, args=(explorer,))
         thread.start()
         running.append((server, thread))
@@ -412,7 +412,7 @@ def test_a_port_that_is_taken():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(OutputError, match="in use; choose another --port"):
-            Server("127.0.0.1", taken.getsockname()[1])
+            PageServer("127.0.0.1", taken.getsockname()[1])
 
 
 # ---- examples in files ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, prompt: st
       nnato mlsae serve mlsae/
       nnato mlsae serve mlsae/ --port 8080 --examples examples/
     """
-    from nnato.serving import Server, rehearse
+    from nnato.serving import PageServer, rehearse
 
     if dry_run:
         with common.progress_bar() as progress:
@@ -46,7 +46,7 @@ def serve(as_json: bool, host: str, port: int, examples: Path | None, prompt: st
         rows = [{"route": route, "status": answer.status, "bytes": len(answer.packed())} for route, answer in rehearse(explorer)]
         _show(opened, rows, as_json)
         return
-    with Server(host, port) as server:
+    with PageServer(host, port) as server:
         if not server.address.loopback:
             click.echo(f"Warning: {host} can be reached from other machines, and there is no password", err=True)
         with common.progress_bar() as progress:
