@@ -16,10 +16,11 @@ from nnato.dictionaries import Dictionary
 from nnato.errors import DictionaryError
 from nnato.feature_pass import feature_pass
 from nnato.features import evaluate_features
+from nnato.pages import write
 from nnato.reduction import TokenClasses, capture
 from nnato.sites import Pair, ResidualSite
 from nnato.statistics import Progress
-from nnato.storage import atomic, provenance
+from nnato.storage import provenance
 from nnato.top_examples import Example, Leaders, example_at
 
 if TYPE_CHECKING:
@@ -165,18 +166,8 @@ def write_feature_page(feature: Feature, path: str | Path) -> Path:
     Raises:
         OutputError: It cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("nnato"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["shown"] = shown
-    environment.filters["at"] = lambda value: f"{100 * min(max(value, 0.0), 1.0):.2f}"
-    page = environment.get_template("feature.html").render(feature=feature, name=f"Feature {feature.site}:{feature.latent}")
-    path = Path(path).expanduser()
-    with atomic(path) as temporary:
-        temporary.write_text(page)
-    return path
+    filters = {"shown": shown, "at": lambda value: f"{100 * min(max(value, 0.0), 1.0):.2f}"}
+    return write(path, "feature.html", filters, feature=feature, name=f"Feature {feature.site}:{feature.latent}")
 
 
 def shown(value: float | dict[str, float] | None) -> str:

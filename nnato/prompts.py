@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ import torch
 from nnato.errors import TextError
 from nnato.models import ModelInfo, check_text, describe
 from nnato.multilayer import MultiLayerSAE
+from nnato.pages import write
 from nnato.reduction import capture, classify
 from nnato.sites import ResidualSite
-from nnato.storage import atomic
 
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
@@ -136,62 +135,18 @@ def write_page(activity: PromptActivity, path: str | Path, most: int = 400) -> P
     Raises:
         OutputError: It cannot be written.
     """
-    shown, active = activity.rows(most)
-    rows = [_row(f"{latent}", share, [str(site) for site in activity.sites], f"{total:.2f}") for latent, share, total in shown]
-    strip = "".join(_token(activity, position) for position in range(len(activity.tokens)))
-    headings = "".join(f"<th>{site}</th>" for site in activity.sites)
-    left = f" The strongest {len(rows)} of {active} active latents are shown." if len(rows) < active else ""
-    page = _PAGE.format(
-        title=html.escape(f"{activity.model['name']}: latents by layer"),
-        prompt=strip,
-        headings=headings,
-        rows="\n".join(rows),
-        note=f"Rows are latents, latest mean layer first; a row's shades add up to one over the layers.{left}",
-    )
-    path = Path(path).expanduser()
-    with atomic(path) as temporary:
-        temporary.write_text(page)
-    return path
+    rows, active = activity.rows(most)
+    tokens = [_token(activity, position) for position in range(len(activity.tokens))]
+    name = f"{activity.model['name']}: latents by layer"
+    return write(path, "prompt.html", name=name, tokens=tokens, sites=activity.sites, rows=rows, active=active)
 
 
-def _row(name: str, shares: list[float], layers: list[str], total: str) -> str:
-    cells = "".join(
-        f'<td style="--a:{share**0.5:.3f}" title="latent {name}, layer {layer}: {share:.1%}"></td>'
-        for share, layer in zip(shares, layers, strict=True)
-    )
-    return f"<tr><th>{name}</th>{cells}<td class=n>{total}</td></tr>"
-
-
-def _token(activity: PromptActivity, position: int) -> str:
-    text = html.escape(activity.tokens[position].replace("\n", "⏎")) or "&nbsp;"
+def _token(activity: PromptActivity, position: int) -> dict[str, Any]:
+    """A token as the page shows it: its text, whether it was left out, and its strongest latents."""
+    text = activity.tokens[position].replace("\n", "⏎") or "\u00a0"
     if not bool(activity.ordinary[position]):
-        return f'<span class="off" title="not encoded">{text}</span>'
+        return {"text": text, "off": True, "title": "not encoded"}
     strengths = activity.strengths(position)
     best = strengths.sum(1).argsort(descending=True)[:5].tolist()
     described = ", ".join(f"{latent} (layer {activity.sites[int(strengths[latent].argmax())]})" for latent in best)
-    return f'<span title="most active: {described}">{text}</span>'
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --ink: #1d3557; --paper: #fff; --fill: 42 111 151; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6edf3; --paper: #14181d; --fill: 137 194 217; }} }}
-body {{ font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5rem; }}
-.prompt span {{ white-space: pre-wrap; border-bottom: 2px solid rgb(var(--fill)); margin-right: 1px; }}
-.prompt .off {{ opacity: .5; border-color: transparent; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 11px; }}
-th {{ font-weight: 400; padding: 0 .4rem; text-align: right; }}
-thead th {{ text-align: center; }}
-td {{ width: 1.6rem; min-width: 1rem; height: 9px; background: rgb(var(--fill) / var(--a)); }}
-td.n {{ background: none; padding: 0 .4rem; text-align: right; }}
-</style></head><body>
-<h1>{title}</h1>
-<p class="prompt">{prompt}</p>
-<p>{note} Hover over a cell or a token for numbers.</p>
-<div class="scroll"><table><thead><tr><th>latent</th>{headings}<th>Σ activation</th></tr></thead><tbody>
-{rows}
-</tbody></table></div>
-</body></html>
-"""
+    return {"text": text, "off": False, "title": f"most active: {described}"}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nnato.errors import FileFormatError, NnatoError
-from nnato.storage import atomic, provenance, read_metadata
+from nnato.pages import write
+from nnato.storage import provenance, read_metadata
 
 FILE = "report.html"
 MOST_ROWS = 3000
@@ -97,19 +98,10 @@ def write_report(folder: Path) -> Path:
         FileFormatError: There is no such folder, or it holds no results.
         OutputError: The page cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     contents = collect(folder)
     if not contents.tables and not contents.figures:
         raise FileFormatError(f"{folder} holds no results (JSON files or figures): give the --out folder of a command")
-    environment = Environment(
-        loader=PackageLoader("nnato"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html").render(name=folder.resolve().name, contents=contents, made=provenance())
-    path = folder / FILE
-    with atomic(path) as temporary:
-        temporary.write_text(page)
-    return path
+    return write(folder / FILE, "report.html", name=folder.resolve().name, contents=contents, made=provenance())
 
 
 def collect(folder: Path) -> Contents:

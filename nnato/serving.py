@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from nnato import __version__
@@ -29,6 +28,7 @@ from nnato.errors import ActivationError, DictionaryError, MomentsError, NnatoEr
 from nnato.models import describe
 from nnato.multilayer import MultiLayerSAE
 from nnato.operators import AffineMap
+from nnato.pages import render
 from nnato.prompts import EXAMPLE, prompt_activity
 from nnato.sites import ResidualSite
 from nnato.steering import POSITIONS, RUNS, steer
@@ -194,7 +194,7 @@ class Explorer:
             raise MomentsError(f"behind a lens, steering needs a way back to layer {min(missing)}: give backward_maps(…)")
         self._model, self._sae, self._back, self._examples = model, sae.beside(model), back, dict(examples or {})
         self._lock, self.opening = threading.Lock(), opening
-        self.page = resources.files("nnato").joinpath("templates/serve.html").read_text()
+        self.page = render("serve.html")
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ ROWS = [
     {"errors"},
     {"sites", "storage", "notebook"},
     {"embedded", "corpus", "shards", "checkpoints"},
-    {"nnsight_setup"},
+    {"nnsight_setup", "pages"},
     {"remote"},
     {"blocks", "passes", "residuals"},
     {"trace", "statistics"},

@@ -77,7 +77,7 @@ def test_page_is_whole_and_needs_nothing_else(model, tmp_path):
     checker.feed(page)
     assert not checker.open
     assert not {"script", "link", "img", "iframe"} & checker.tags
-    assert "http" not in page
+    assert "://" not in page
     latents, shares = found.heat_map()
     assert len(checker.cells) == len(latents) * BLOCKS
     assert checker.cells[0] == f"latent {latents[0]}, layer 0: {float(shares[0, 0]):.1%}"
