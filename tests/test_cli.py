@@ -125,6 +125,12 @@ def test_wide_numbers_fit_into_eighty_columns(moments, monkeypatch, capsys):
     assert widest(shown) <= 80
 
 
+def test_a_title_stays_in_one_line(capsys):
+    title = "A title of more characters than its table has columns"
+    tables.console().print(tables.new_table(title, ("a", "b")))
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title
+
+
 def rows_of(path):
     with open(path) as file:
         return list(csv.DictReader(file))
