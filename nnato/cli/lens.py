@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from nnato.cli import common
+from nnato.cli.running import Group
 from nnato.cli.tables import new_table
 
 
-@click.group("lens")
+@click.group("lens", cls=Group)
 def command() -> None:
     """The tuned lens: residuals of every layer in the coordinates of the last one (arXiv 2303.08112)."""
 

@@ -11,10 +11,11 @@ import click
 
 from nnato.cli import card, common, remotely, steering, sweeping, training
 from nnato.cli.opening import Opened, out_option, sae_options
+from nnato.cli.running import Group
 from nnato.cli.tables import new_table
 
 
-@click.group("mlsae")
+@click.group("mlsae", cls=Group)
 def command() -> None:
     """Multi-layer sparse autoencoders: one dictionary for all layers (arXiv 2409.04185)."""
 

@@ -248,7 +248,8 @@ def finish_accumulation(accumulated: Accumulated, out: Path, as_json: bool, shar
         return
     show_accumulated(accumulated)
     what, then = (f"Shard {shard} of", "nnato merge, with all shards") if shard else ("", f"nnato fit {out}")
-    say(f"{what} {len(moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: {then}".lstrip())
+    pairs = f"{len(moments.pairs)} pair{'s' * (len(moments.pairs) != 1)}"
+    say(f"{what} {pairs} in {out} ({size / 1e6:,.0f} MB). Next: {then}".lstrip())
 
 
 def show_generation(result: Generation) -> None:
@@ -264,7 +265,7 @@ def _show_divergences(result: AblationResult) -> None:
     """What an edit does to the distributions, and how far behind it."""
     distances = next(iter(result.effects.values())).by_distance
     shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
-    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown), "edit")
+    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown))
     table = new_table("", columns)
     for name, effect in result.effects.items():
         table.add_row(
@@ -273,7 +274,6 @@ def _show_divergences(result: AblationResult) -> None:
             with_error(effect.kl_after),
             with_error(effect.agreement),
             *(f"{effect.by_distance[place].delta_loss.value:+.3f}" for place in shown),
-            effect.edit.digest[0][:8],
             style="bold" if name == "transport" else None,
         )
     console().print(table)
@@ -304,6 +304,6 @@ def show_ablations(results: list[AblationResult]) -> None:
         f"nats; 95 % intervals, paired bootstrap over {results[0].documents} documents. Δloss at the edited positions; Δ after: over all "
         "positions from the first edit on; over transport: how much more of the latter; recov.: loss recovered, 0 as bad as the mean, "
         "1 unharmed. KL: of the edited next-token distribution from the unedited; top-1: how often the most likely token stays, from the "
-        "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there; edit: fingerprint of the numbers put in."
+        "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there."
     )
     console().print(notes, style="dim", highlight=False)
