@@ -299,6 +299,8 @@ def load_moments(path: str | Path) -> Accumulated:
     """
     file = Path(path).expanduser()
     file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise FileFormatError(f"no moments in {path}: give the --out folder of nnato accumulate")
     tensors, metadata = read_artifact(file, KIND)
     check_finished(file, metadata)
     if "shard" in metadata:

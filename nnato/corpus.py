@@ -85,7 +85,7 @@ class Corpus:
             yield from _jsonl(path, self.column)
         elif path.is_file():
             yield from _passages(_read(path))
-        elif self.source.count("/") == 1 and not path.suffix and not self.source.startswith((".", "/", "~")):
+        elif self.source.count("/") == 1 and not path.suffix and not self.source.startswith((".", "/", "~")) and self.source[-1] != "/":
             yield from _dataset(self.source, self.column)
         else:
             raise TextError(
@@ -138,7 +138,7 @@ class Corpus:
         counts = {name: int(index[index[:, 2] == code, 1].sum()) for code, name in enumerate(SPLITS)}
         if empty := [name for name, count in counts.items() if not count]:
             raise TextError(
-                f"text {self.source!r} is too short: {documents} documents with {tokens} tokens leave nothing for "
+                f"text {self.source!r} is too short: {documents} document{'s' * (documents != 1)} with {tokens} tokens leave nothing for "
                 f"{' and '.join(empty)} (documents are split {FRACTIONS[0]:.0%}/{FRACTIONS[1]:.0%}/{FRACTIONS[2]:.0%} "
                 "by their hash); give more text, or more --tokens"
             )

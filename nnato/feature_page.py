@@ -170,9 +170,9 @@ def write_feature_page(feature: Feature, path: str | Path) -> Path:
     return write(path, "feature.html", filters, feature=feature, name=f"Feature {feature.site}:{feature.latent}")
 
 
-def shown(value: float | dict[str, float] | None) -> str:
+def shown(value: float | dict[str, float] | None, digits: int = 3) -> str:
     """A number or an interval as text; a dash for what is not known."""
     if isinstance(value, dict):
         ends = f" [{value['low']:.2f}, {value['high']:.2f}]" if value["low"] == value["low"] else ""
-        return shown(value["value"]) + ends
-    return "–" if value is None or value != value else f"{value:.3f}"
+        return shown(value["value"], digits) + ends
+    return "–" if value is None or value != value else f"{value:.{digits}f}"

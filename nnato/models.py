@@ -145,7 +145,7 @@ def load_model(
         module, tokenizer = _from_folder(convert_gguf(path), dtype)
     elif path.is_dir():
         module, tokenizer = _from_folder(path, dtype)
-    elif path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    elif path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ModelError(
             f"no model {name!r}{did_you_mean(name, EMBEDDED)}: not an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file, or a "
             "hub id owner/name"

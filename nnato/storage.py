@@ -156,6 +156,7 @@ def atomic(path: Path, keep: Path | None = None) -> Iterator[Path]:
         remove_orphans(path)
         scratch.mkdir(exist_ok=True)
         yield temporary
+        _share(temporary, scratch)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if keep is not None and path.exists():
@@ -189,6 +190,7 @@ def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
         yield temporary.parent
         others = [path for path in sorted(temporary.parent.iterdir()) if path != temporary]
         for path in others:
+            _share(path, temporary.parent)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         try:
@@ -197,6 +199,16 @@ def atomic_folder(folder: Path, last: str) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
         except OSError as error:
             raise OutputError(f"cannot replace the files of {folder}: {error.strerror or error}; run the command again") from None
+
+
+def _share(path: Path, folder: Path) -> None:
+    """Let others read a file as the user's umask says. safetensors makes files that only their owner can read, whatever that is.
+
+    Args:
+        path: The file.
+        folder: A folder that was made just now: its mode shows the umask, which cannot be asked for without changing it for all threads.
+    """
+    path.chmod(folder.stat().st_mode & 0o666)
 
 
 def remove_orphans(path: Path) -> None:

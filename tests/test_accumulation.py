@@ -350,7 +350,7 @@ def test_bad_requests_are_refused_before_work(model, corpus, tmp_path):
         accumulate(model, corpus, batch_size=0)
     with pytest.raises(TextError, match="no text"):
         accumulate(model, type(corpus)("nowhere"), out=tmp_path)
-    with pytest.raises(FileFormatError, match="does not exist"):
+    with pytest.raises(FileFormatError, match="no moments in .*: give the --out folder"):
         load_moments(tmp_path / "nothing")
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -123,6 +124,12 @@ def test_wide_numbers_fit_into_eighty_columns(moments, monkeypatch, capsys):
     assert "…" not in shown
     assert "10 → 12" in shown
     assert widest(shown) <= 80
+
+
+def test_a_title_stays_in_one_line(capsys):
+    title = "A title of more characters than its table has columns"
+    tables.console().print(tables.new_table(title, ("a", "b")))
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title
 
 
 def rows_of(path):
@@ -366,6 +373,15 @@ def test_help_lists_commands_and_version():
     assert "no command 'nothing'; nnato --help lists all" in run("nothing", code=2).output
 
 
+@pytest.mark.parametrize("group", ["sae", "features", "lens", "mlsae"])
+def test_the_help_of_a_group_is_not_cut(group):
+    output = run(group, "--help").stdout
+    listed = output[output.index("Commands:") :]
+    assert "..." not in listed
+    names = list(import_module(f"nnato.cli.{group}").command.commands)
+    assert re.findall(r"^  (\w+)", listed, re.MULTILINE) == names
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,8 +398,8 @@ def test_help_lists_commands_and_version():
         (["accumulate", "MODEL", "--pairs", "0:1", "--sites", "1"], "not both"),
         (["accumulate", "MODEL", "--text", "nowhere"], "no text 'nowhere'"),
         (["accumulate", "MODEL", "--context", "2"], "context 2: a block needs at least 8 tokens"),
-        (["fit", "nothing"], "nothing does not exist"),
-        (["fit", "MODEL"], "does not exist or is not a file"),
+        (["fit", "nothing"], "no moments in nothing: give the --out folder of nnato accumulate"),
+        (["fit", "MODEL"], "no moments in "),
         (["ablate", "--positions", "x"], "positions 'x': give a number to draw"),
         (
             ["ablate", "--model", "MODEL", "--positions", "31", *TEXT],
@@ -406,8 +422,12 @@ def test_help_lists_commands_and_version():
         (["ablate", "--steer", "no.safetensors"], "--steer belongs to the intervention steer"),
         (["ablate", "--rank", "x"], "ranks 'x': write for example 1,10,100"),
         (["generate", "words"], "give --transport, for example 9:12, or --operator"),
+        (["generate", "words", "--transport", "0:2", "--operator", "any.safetensors"], "give --transport or --operator, not both"),
+        (["accumulate", "MODEL", "--text", "no-such-folder/"], "no text 'no-such-folder/': not 'python-docs'"),
+        (["info", "no-such-folder/"], "no model 'no-such-folder/'"),
         (["generate", "words", "--model", "MODEL", "--transport", "3:3"], "the source must come before the target"),
         (["info", "nothing"], "no model 'nothing'"),
+        (["info", "."], "holds neither moments nor a model (config.json): name one of its files, for example FILE.safetensors"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, message, saved_model, text, tmp_path, monkeypatch):

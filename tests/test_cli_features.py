@@ -15,6 +15,7 @@ from test_report import Page
 from nnato import active_scores, feature_traits, plots
 from nnato.accumulation import load_moments, tokenize
 from nnato.active_scores import paper_metrics
+from nnato.cli.feature_show import show_feature
 from nnato.corpus import Corpus
 from nnato.dictionaries import load_dictionary
 from nnato.feature_controls import matched_on_rate
@@ -179,6 +180,25 @@ def test_show(folder, saved_model, text, monkeypatch):
         assert "write site:latent" in run("features", "show", wrong, *where, code=2).stderr
     assert "latents 0 … 39" in run("features", "show", "3:40", *where, code=2).stderr
     assert "ask for at least one" in run("features", "show", "3:1", *where, "--examples", "0", code=2).stderr
+
+
+def test_the_widest_feature_fits_into_eighty_columns(monkeypatch, capsys):
+    row = {
+        "source": 10,
+        "r2": {
+            "transport": {"value": -1.234, "low": -2.3, "high": -0.2},
+            "identity_shift": {"value": -12.345, "low": -13.4, "high": -11.3},
+        },
+        "ceiling": {"value": 0.866, "low": 0.8, "high": 0.9},
+        "active": {"r2": {"value": -12.345, "low": -13.4, "high": -11.3}, "latent_r2": -12.345, "auc": 0.987},
+        "verdict": "transported (mapped)",
+    }
+    monkeypatch.setenv("COLUMNS", "80")
+    show_feature(Feature(12_345, ResidualSite(12), [row], "", 0.1, [], None, {}))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "-1.234±1.050" in shown
+    assert "transported (mapped)" in shown
 
 
 def test_a_page_shows_tokens_as_text(folder, saved_model):

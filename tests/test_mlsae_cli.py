@@ -32,6 +32,14 @@ def results(*arguments):
     return json.loads(invoke(*arguments, "--json").stdout)["results"]
 
 
+def table(*arguments):
+    """What a command prints, if no column of its tables was cut and no title was broken in 80 columns."""
+    shown = invoke(*arguments).stdout
+    assert "…" not in shown
+    assert "┃" not in shown
+    return shown
+
+
 @pytest.fixture(scope="module")
 def trained(saved_model, text, tmp_path_factory):
     """An SAE of a tiny model and the options that name model and text."""
@@ -87,8 +95,9 @@ def test_layers(trained, tmp_path):
     assert {"mean", "std", "entropy", "dip", "persistence", "total_3"} <= set(rows[0])
     for name in ("layers.png", "reconstruction.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    shown = invoke("mlsae", "layers", folder, *words, "--layers", "1,3").stdout
-    assert "Variance of the layer" in shown
+    shown = table("mlsae", "layers", folder, *words, "--layers", "1,3")
+    assert "Variance of the layer L: of all, of a latent F, of F at a token T\n" in shown.replace(" \n", "\n")
+    assert re.search(r"activation .*\]  *\S+ \[\S+ \S+\]$", shown, re.MULTILINE), "an interval is broken over lines"
     assert "published" not in shown
 
 
@@ -119,7 +128,7 @@ def test_similarity_examples_and_prompt(trained, tmp_path):
     assert [(one["source"], one["target"]) for one in record["layers"]] == [(0, 1), (1, 2), (2, 3)]
     assert 0 < record["mmcs"] < 1
     assert len(record["tokens"]["embedding"]["3"]) == 8
-    assert "MMCS" in invoke("mlsae", "similarity", folder, *words, "--latents", "3", "--out", tmp_path).stdout
+    assert "MMCS" in table("mlsae", "similarity", folder, *words, "--latents", "3", "--out", tmp_path)
     examples = results("mlsae", "examples", folder, *words, "--count", "2")
     assert all(len(ones) == 2 for ones in examples.values())
     assert len(examples) == 10
@@ -157,7 +166,7 @@ def test_sweep(saved_model, text, tmp_path):
     names = {f"{name}_{what}" for name in ("std", "rel") for what in ("mean", "var", "std", "sem")}
     assert names <= set(rows[0])
     assert [float(row["rel_sem"]) for row in rows] == [row["rel_sem"] for row in record]
-    assert "4 SAEs" in invoke(*arguments).stdout
+    assert "4 SAEs" in table(*arguments)
     assert "--ks 'x': write" in invoke(*arguments, "--ks", "x", code=2).stderr
     assert "expansion 0: give at least 1" in invoke(*arguments, "--expansions", "0", code=2).stderr
 
@@ -183,7 +192,7 @@ def test_transport(trained, tmp_path, monkeypatch):
     record = results("mlsae", "transport", folder, *words, "--moments", moments, "--out", tmp_path)
     assert [(one["source"], one["target"]) for one in record] == [(0, 1), (1, 2)]
     assert list(csv.DictReader((tmp_path / "transport.csv").open()))
-    assert "stay on" in invoke("mlsae", "transport", folder, *words, "--moments", moments).stdout
+    assert "stay on" in table("mlsae", "transport", folder, *words, "--moments", moments)
 
 
 def test_an_sae_behind_a_lens(lens, saved_model, tmp_path):
@@ -210,7 +219,7 @@ def test_lens_commands(lens, saved_model, model, tmp_path):
     assert [one["site"] for one in scores["lens"]] == ["embed", *range(BLOCKS)]
     assert scores["lens"][1]["kl"]["value"] < scores["logit lens"][1]["kl"]["value"]
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
-    assert "logit lens agrees" in invoke("lens", "evaluate", folder, *words, "--sequences", "2", "--sites", "1,2").stdout
+    assert "logit lens agrees" in table("lens", "evaluate", folder, *words, "--sequences", "2", "--sites", "1,2")
     exported = tmp_path / "tuned"
     assert results("lens", "export", folder, "--out", exported) == {"path": str(exported)}
     assert "lens evaluate" in invoke("lens", "load", exported, "--model", saved_model, "--out", tmp_path / "again").stdout
@@ -218,7 +227,7 @@ def test_lens_commands(lens, saved_model, model, tmp_path):
     torch.testing.assert_close(Lens.load(tmp_path / "again")(x, 1), Lens.load(folder)(x, 1), atol=1e-3, rtol=1e-3)
     tuned_lens_folder(tmp_path / "foreign", num_hidden_layers=9)
     assert "9 blocks" in invoke("lens", "load", tmp_path / "foreign", "--model", saved_model, code=2).stderr
-    shown = invoke("lens", "fit", "--model", saved_model, *words, "--kl-steps", "4", "--out", tmp_path / "trained").stdout
+    shown = table("lens", "fit", "--model", saved_model, *words, "--kl-steps", "4", "--out", tmp_path / "trained")
     assert "training by KL" in shown
 
 

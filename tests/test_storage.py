@@ -43,6 +43,22 @@ def test_round_trip(file):
     assert os.listdir(file.parent) == ["x.safetensors"]
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, mask, mode):
+    """safetensors alone makes files of mode 0600, which nobody else can read in a shared folder."""
+    before = os.umask(mask)
+    try:
+        write_artifact(tmp_path / "x.safetensors", "thing", TENSORS, {})
+        with atomic_folder(tmp_path, "last.json") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
+            (folder / "last.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("x.safetensors", "weights.safetensors", "last.json"), mode
+    )
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileFormatError, match=r"nothing\.safetensors does not exist"):
         read_metadata(tmp_path / "nothing.safetensors")

@@ -83,7 +83,7 @@ def all_commands() -> dict[str, click.Command]:
 def main(context: click.Context) -> None:
     """Which part of a transformer's residual stream is carried forward linearly, and which is computed anew?
 
-    Every command works without arguments, on the embedded model and text. To begin: nnato demo
+    Commands take the embedded model and text where none is named. To begin: nnato demo
     """
     if context.invoked_subcommand is None:
         click.echo(BEGIN)

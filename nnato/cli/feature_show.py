@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nnato.cli import common
-from nnato.cli.tables import new_table
+from nnato.cli.tables import new_table, with_error
 
 if TYPE_CHECKING:
     from nnato.feature_page import Feature
@@ -66,24 +66,26 @@ def show(
     if as_json:
         common.print_json(accumulated.model, accumulated.text, found.to_json())
         return
-    _show(found)
+    show_feature(found)
     if out is not None:
         common.say(f"{name}.html and {name}.json in {out}")
 
 
-def _show(found: Feature) -> None:
+def show_feature(found: Feature) -> None:
+    """Table of a feature's scores by source, and the contexts in which it is most active."""
     from rich.text import Text
 
     from nnato.feature_page import shown
+    from nnato.intervals import Interval
 
     title = f"Feature {found.latent} at {found.site}, active in {found.rate:.3%} of test tokens"
-    table = new_table(title, ("from", "R²", "ceil.", "+shift", "verdict", "act. R²", "F. R²", "AUC"))
+    table = new_table(title, ("from", "R²", "ceil.", "+shift", "act. R²", "F. R²", "AUC", "verdict"))
     for row in found.rows:
         active = row["active"]
-        scores = ("–",) * 3 if active is None else (shown(active["r2"]["value"]), shown(active["latent_r2"]), shown(active["auc"]))
-        r2 = row["r2"]
-        ends = shown(row["ceiling"]["value"]), shown(r2["identity_shift"]["value"]), row["verdict"]
-        table.add_row(str(row["source"]), shown(r2["transport"]), *ends, *scores)
+        scores = (None,) * 3 if active is None else (active["r2"]["value"], active["latent_r2"], active["auc"])
+        beside = (row["ceiling"]["value"], row["r2"]["identity_shift"]["value"], *scores)
+        r2 = with_error(Interval(**row["r2"]["transport"]))
+        table.add_row(str(row["source"]), r2, *(shown(value, 2) for value in beside), row["verdict"])
     common.console().print(table)
     if found.reason:
         common.say(f"No scores of active tokens: {found.reason}.")
@@ -95,7 +97,7 @@ def _show(found: Feature) -> None:
     if found.link is not None:
         common.say(found.link)
     notes = (
-        "R² with its 95 % interval over documents; act. R²: of active tokens; F. R²: of the feature's activation; "
+        "± is a 95 % interval over documents; act. R²: of active tokens; F. R²: of the feature's activation; "
         "the verdict is this feature's own."
     )
     common.console().print(notes, style="dim", highlight=False)

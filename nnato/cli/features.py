@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nnato.cli import common, feature_choice, feature_show, feature_words, tables
+from nnato.cli.running import Group
 
 if TYPE_CHECKING:
     from nnato.accumulation import Accumulated
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from nnato.statistics import Progress
 
 
-@click.group("features")
+@click.group("features", cls=Group)
 def command() -> None:
     """Features of sparse autoencoders: transported, or synthesised?"""
 

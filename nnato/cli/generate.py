@@ -65,8 +65,10 @@ def command(
     from nnato.sites import parse_pairs
 
     names = [name.strip() for name in interventions.split(",") if name.strip()]
-    if (pairs is None) == (not operators):
+    if pairs is None and not operators:
         raise OperatorError("give --transport, for example 9:12, or --operator")
+    if pairs is not None and operators:
+        raise OperatorError("give --transport or --operator, not both: an operator's file says between which sites it is")
     chosen = [TransportOperator.load(path) for path in operators]
     with common.progress_bar() as progress:
         loaded = common.load(model or (chosen[0].details.get("model", {}).get("name") if chosen else None), device, dtype, progress)

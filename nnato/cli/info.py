@@ -23,11 +23,15 @@ def command(what: str | None, as_json: bool) -> None:
       nnato info google/gemma-2-2b
     """
     from nnato.accumulation import FILE
+    from nnato.errors import FileFormatError
     from nnato.storage import read_metadata
 
     path = Path(what).expanduser() if what else None
     if path is not None and path.is_dir() and (path / FILE).exists():
         path = path / FILE
+    if path is not None and path.is_dir() and not (path / "config.json").exists():
+        inside = min(path.glob("*.safetensors"), default=path / "FILE.safetensors")
+        raise FileFormatError(f"{path} holds neither moments nor a model (config.json): name one of its files, for example {inside}")
     record: dict[str, Any]
     if path is not None and path.is_file() and path.suffix == ".safetensors":
         record = read_metadata(path)

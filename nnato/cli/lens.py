@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from nnato.cli import common
+from nnato.cli.running import Group
+from nnato.cli.tables import new_table
 
 
-@click.group("lens")
+@click.group("lens", cls=Group)
 def command() -> None:
     """The tuned lens: residuals of every layer in the coordinates of the last one (arXiv 2303.08112)."""
 
@@ -46,8 +48,6 @@ def _fit(
       nnato lens fit
       nnato lens fit --model smollm2 --kl-steps 200 --out lens-smollm2/
     """
-    from rich.table import Table
-
     from nnato.accumulation import accumulate_cached, default_corpus, load_moments
     from nnato.lens import fit_lens, lens_pairs
     from nnato.lens_training import train_lens
@@ -78,9 +78,7 @@ def _fit(
     if as_json:
         common.print_json(accumulated.model, accumulated.text, record)
         return
-    table = Table(title="R² of the last block's residual on test documents (variance-weighted)")
-    table.add_column("from", justify="right")
-    table.add_column("R²", justify="right")
+    table = new_table("R² of the last block's residual on test documents (variance-weighted)", ("from", "R²"))
     for one in fits:
         interval = one.r2_intervals["variance_weighted"]
         table.add_row(str(one.operator.source), f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]")
@@ -147,8 +145,6 @@ def _evaluate(
     Example:
       nnato lens evaluate lens/ --sequences 16 --out lens-scores/
     """
-    from rich.table import Table
-
     from nnato.accumulation import default_corpus, tokenize
     from nnato.lens import Lens, logit_lens
     from nnato.lens_training import evaluate_lens
@@ -176,9 +172,8 @@ def _evaluate(
     if as_json:
         common.print_json(info.fingerprint(), blocks.fingerprint, record)
         return
-    table = Table(title="KL(model ‖ lens), nats per token; same most likely token")
-    for heading in ("site", "logit lens", "lens", "logit lens agrees", "lens agrees"):
-        table.add_column(heading, justify="right")
+    columns = ("site", "logit lens", "lens", "logit lens agrees", "lens agrees")
+    table = new_table("KL(model ‖ lens), nats per token; same most likely token", columns)
     for one, plain in zip(scores["lens"], scores["logit lens"], strict=True):
         interval = f"{one.kl.value:.3f} [{one.kl.low:.3f}, {one.kl.high:.3f}]"
         table.add_row(str(one.site), f"{plain.kl.value:.3f}", interval, f"{plain.agreement:.0%}", f"{one.agreement:.0%}")

@@ -11,9 +11,11 @@ import click
 
 from nnato.cli import card, common, remotely, serving, steering, sweeping, training
 from nnato.cli.opening import Opened, out_option, sae_options
+from nnato.cli.running import Group
+from nnato.cli.tables import new_table
 
 
-@click.group("mlsae")
+@click.group("mlsae", cls=Group)
 def command() -> None:
     """Multi-layer sparse autoencoders: one dictionary for all layers (arXiv 2409.04185)."""
 
@@ -186,12 +188,8 @@ def _layers_of_a_shard(label: str, folder: Path | None, batch_size: int, as_json
 
 
 def _show_layers(record: dict[str, Any], metrics: list[dict[str, Any]], costs: list[Any], variance: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"Reconstruction by layer, {record['tokens']:,} test tokens")
     headings = ["layer", "left out", "joint", "active", *(["Δ cross-entropy", "KL"] if costs else [])]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = new_table(f"Reconstruction by layer, {record['tokens']:,} test tokens", headings)
     by_site = {cost.site.key: cost for cost in costs}
     for row in metrics:
         cells = [str(row["site"]), f"{row['fvu'].value:.3f}", f"{row['fvu_mlsae']:.3f}", f"{row['l0']:.1f}"]
@@ -200,9 +198,8 @@ def _show_layers(record: dict[str, Any], metrics: list[dict[str, Any]], costs: l
             cells += [f"{cost.delta_loss.value:+.3f}", f"{cost.kl.value:.3f}"]
         table.add_row(*cells)
     common.console().print(table)
-    table = Table(title="Variance of the layer: of all, of a latent, of a latent at a token")
-    for heading in ("weights", "Var(L)", "E[Var(L|F)]", "E[Var(L|F,T)]", "aggregated / single", "aggregated / total"):
-        table.add_column(heading, justify="right")
+    columns = ("weights", "Var(L)", "aggr.", "single", "aggr. / single", "aggr. / Var(L)")
+    table = new_table("Variance of the layer L: of all, of a latent F, of F at a token T", columns)
     for name, parts in variance.items():
         ratio, share = parts["ratio"], parts["share"]
         table.add_row(
@@ -213,6 +210,12 @@ def _show_layers(record: dict[str, Any], metrics: list[dict[str, Any]], costs: l
         )
     common.console().print(table)
     means = record["means"]
+    notes = (
+        "left out: share of the variance by coordinate, above 1 where the mean would do better; joint: the same about one mean of all "
+        "coordinates, as the authors of multi-layer SAEs take it; active: latents per token; aggr.: E[Var(L|F)]; single: E[Var(L|F,T)]; "
+        "95 % intervals over documents."
+    )
+    common.console().print(notes, style="dim", highlight=False, markup=False)
     common.say(
         f"{record['dead']:.1%} of latents are never active here; one that is active at a token is so at {means['breadth']:.1f} layers, and "
         f"at the next layer again with probability {means['persistence']:.2f}"
@@ -231,8 +234,6 @@ def _similarity(as_json: bool, latents: str | None, out: Path | None, **options:
     Example:
       nnato mlsae similarity mlsae/ --latents 5,17
     """
-    from rich.table import Table
-
     from nnato.similarity import cosine_histogram, layer_cosines, max_cosines, token_matches
 
     folder = common.output_folder(out)
@@ -257,9 +258,8 @@ def _similarity(as_json: bool, latents: str | None, out: Path | None, **options:
     if as_json:
         opened.print_json(blocks, record)
         return
-    table = Table(title="Cosine of a token's residuals at adjacent layers, about their means")
-    for heading in ("layers", "mean", "95 % interval", "deviation"):
-        table.add_column(heading, justify="right")
+    columns = ("layers", "mean", "95 % interval", "deviation")
+    table = new_table("Cosine of a token's residuals at adjacent layers, about their means", columns)
     for one in layers:
         interval = f"[{one.mean.low:.3f}, {one.mean.high:.3f}]"
         table.add_row(f"{one.pair[0]} → {one.pair[1]}", f"{one.mean.value:.3f}", interval, f"{one.std:.3f}")
@@ -381,8 +381,6 @@ def _transport(as_json: bool, batch_size: int, moments: Path | None, out: Path |
     Example:
       nnato mlsae transport mlsae/ --out transport/
     """
-    from rich.table import Table
-
     from nnato.accumulation import accumulate_cached, load_moments
     from nnato.fitting import fit
     from nnato.latent_transport import latent_transport
@@ -408,9 +406,8 @@ def _transport(as_json: bool, batch_size: int, moments: Path | None, out: Path |
     if as_json:
         opened.print_json(blocks, record)
         return
-    table = Table(title="Latents that stay on, and latents that are transported")
-    for heading in ("layers", "latents", "stay on", "R²", "correlation", "given frequency"):
-        table.add_column(heading, justify="right")
+    columns = ("layers", "latents", "stay on", "R²", "correlation", "given frequency")
+    table = new_table("Latents that stay on, and latents that are transported", columns)
     for one in results:
         table.add_row(
             f"{one.pair[0]} → {one.pair[1]}",

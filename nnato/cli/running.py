@@ -13,6 +13,8 @@ import click
 
 from nnato.errors import NnatoError, did_you_mean
 
+LONGEST = 200
+"""Characters of a first sentence in the help of a group, at most."""
 QUIET = "nnato.quiet"
 BEGAN = "nnato.began"
 ASIDE = ("json", "config", "quiet", "help")
@@ -46,6 +48,19 @@ class Command(click.Command):
 
     def __init__(self, name: str | None, *, params: list[click.Parameter] | None = None, **settings: Any) -> None:
         super().__init__(name, params=[*(params or ()), _config_option(), _quiet_option()], **settings)
+
+
+class Group(click.Group):
+    """A click group whose help lists commands as they were added, each with its whole first sentence: click cuts that to one line."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names, in the order in which one uses them."""
+        return list(self.commands)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in --help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=LONGEST)) for name, command in self.commands.items()])
 
 
 def quiet() -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from nnato.cli import common, training
+from nnato.cli.running import Group
 
 
-@click.group("sae")
+@click.group("sae", cls=Group)
 def command() -> None:
     """Sparse autoencoders of one site."""
 

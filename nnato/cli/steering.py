@@ -8,6 +8,7 @@ import click
 
 from nnato.cli import common
 from nnato.cli.opening import Opened, sae_options
+from nnato.cli.tables import new_table
 
 
 @common.command("steer")
@@ -30,7 +31,6 @@ def steer(as_json: bool, prompt: str | None, latent: int, layer: str, factor: fl
       nnato mlsae steer mlsae/ "The Eiffel Tower is in" --latent 17 --layer 9
       nnato mlsae steer mlsae/ --latent 17 --layer 0 --factor -20 --positions all
     """
-    from rich.table import Table
     from rich.text import Text
 
     from nnato.fidelity import backward_maps
@@ -50,9 +50,10 @@ def steer(as_json: bool, prompt: str | None, latent: int, layer: str, factor: fl
         opened.print_json(None, record)
         return
     common.say(found.prompt)
-    table = Table(title=f"Next token; latent {latent}, layer {found.site}, factor {factor:g}")
-    for heading in (*RUNS, "raised most, nats"):
-        table.add_column(heading)
+    title = f"Next token; latent {latent}, layer {found.site}, factor {factor:g}"
+    table = new_table(title, (*RUNS, "raised most, nats"))
+    for column in table.columns:
+        column.justify, column.no_wrap = "left", False  # a token may be as long as it likes
     columns = [[f"{one['probability']:.3f} {one['token']!r}" for one in record["top"][run]] for run in RUNS]
     columns.append([f"{one['log_probability']:+.2f} {one['token']!r}" for one in record["raised"]])
     for row in zip(*columns, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from nnato.cli import common, training
+from nnato.cli.tables import new_table
 
 
 @common.command("sweep")
@@ -68,11 +69,8 @@ def sweep(
 
 
 def _show(rows: list[dict[str, Any]], out: Path) -> None:
-    from rich.table import Table
-
-    table = Table(title="Spread of a latent's layer, over the number of layers, by size")
-    for heading in ("expansion", "k", "left out", "dead", "spread ± s.e.", "aggregated / single"):
-        table.add_column(heading, justify="right")
+    columns = ("expansion", "k", "left out", "dead", "spread ± s.e.", "aggregated / single")
+    table = new_table("Spread of a latent's layer, over the number of layers, by size", columns)
     for row in rows:
         table.add_row(
             str(row["expansion"]),

@@ -22,14 +22,28 @@ if TYPE_CHECKING:
     from nnato.scaling import Scaling
     from nnato.shards import Shard
 
+WIDTH = 80
+"""Columns that every table has to fit into."""
+
 
 def new_table(title: str, columns: Sequence[str]) -> Table:
-    """A table narrow enough for 80 columns, numbers on the right."""
+    """A table narrow enough for 80 columns, numbers on the right.
+
+    Its title stays in one line if it is narrower than that, however narrow the table is.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
+    short = len(title) <= WIDTH
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+        title=Text(title, no_wrap=short, overflow="ignore" if short else "fold"),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -46,7 +60,7 @@ def show_fits(fits: list[Fit], metric: str) -> None:
         base = [fit.baselines.get(name, {}).get(metric, float("nan")) for name in names]
         table.add_row(
             f"{fit.operator.source} → {fit.operator.target}",
-            f"[bold]{_with_error(fit.r2_intervals[metric])}[/]",
+            f"[bold]{with_error(fit.r2_intervals[metric])}[/]",
             *(f"{value:.2f}" for value in base),
             f"{fit.skill_over_identity[metric]:.2f}",
             f"{fit.r2_all_tokens[metric]:.2f}" if fit.r2_all_tokens else "-",
@@ -67,7 +81,7 @@ def show_fits(fits: list[Fit], metric: str) -> None:
         _show_compositions(fits, metric)
 
 
-def _with_error(interval: Interval) -> str:
+def with_error(interval: Interval) -> str:
     """A number with half the width of its interval."""
     half = (interval.high - interval.low) / 2
     return f"{interval.value:.3f}" + (f"±{half:.3f}".replace("±0.", "±.") if half == half else "")
@@ -117,7 +131,7 @@ def show_efficiencies(results: list[Efficiency]) -> None:
         ranks = sorted({point.rank for one in some for point in one.points})
         for rank in [*ranks[:-1:3], ranks[-1]] if len(ranks) > 10 else ranks:
             found_points = [next((point for point in one.points if point.rank == rank), None) for one in some]
-            table.add_row(str(rank), *(_with_error(point.efficiency) if point else "-" for point in found_points))
+            table.add_row(str(rank), *(with_error(point.efficiency) if point else "-" for point in found_points))
         console().print(table)
     notes = (
         "± is a 95 % interval over training and test documents. What is missing from 1 at full rank is estimation (too little text, "
@@ -151,7 +165,7 @@ def show_scalings(results: list[Scaling], metric: str) -> None:
         title = f"R² on test documents ({metric.replace('_', '-')}) against training tokens"
         table = new_table(title, ("tokens", *(f"{one.pair[0]} → {one.pair[1]}" for one in some)))
         for number, point in enumerate(some[0].points):
-            table.add_row(f"{point.tokens:,}", *(_with_error(one.points[number].r2[metric]) for one in some))
+            table.add_row(f"{point.tokens:,}", *(with_error(one.points[number].r2[metric]) for one in some))
         table.add_row("per doubling", *(f"{one.per_doubling(metric):+.3f}" for one in some), style="bold")
         console().print(table)
     notes = "± is a 95 % interval over test documents; per doubling: what the last doubling of the tokens brought."
@@ -234,7 +248,8 @@ def finish_accumulation(accumulated: Accumulated, out: Path, as_json: bool, shar
         return
     show_accumulated(accumulated)
     what, then = (f"Shard {shard} of", "nnato merge, with all shards") if shard else ("", f"nnato fit {out}")
-    say(f"{what} {len(moments.pairs)} pairs in {out} ({size / 1e6:,.0f} MB). Next: {then}".lstrip())
+    pairs = f"{len(moments.pairs)} pair{'s' * (len(moments.pairs) != 1)}"
+    say(f"{what} {pairs} in {out} ({size / 1e6:,.0f} MB). Next: {then}".lstrip())
 
 
 def show_generation(result: Generation) -> None:
@@ -250,16 +265,15 @@ def _show_divergences(result: AblationResult) -> None:
     """What an edit does to the distributions, and how far behind it."""
     distances = next(iter(result.effects.values())).by_distance
     shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
-    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown), "edit")
+    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown))
     table = new_table("", columns)
     for name, effect in result.effects.items():
         table.add_row(
             name,
-            _with_error(effect.kl_at_edit),
-            _with_error(effect.kl_after),
-            _with_error(effect.agreement),
+            with_error(effect.kl_at_edit),
+            with_error(effect.kl_after),
+            with_error(effect.agreement),
             *(f"{effect.by_distance[place].delta_loss.value:+.3f}" for place in shown),
-            effect.edit.digest[0][:8],
             style="bold" if name == "transport" else None,
         )
     console().print(table)
@@ -290,6 +304,6 @@ def show_ablations(results: list[AblationResult]) -> None:
         f"nats; 95 % intervals, paired bootstrap over {results[0].documents} documents. Δloss at the edited positions; Δ after: over all "
         "positions from the first edit on; over transport: how much more of the latter; recov.: loss recovered, 0 as bad as the mean, "
         "1 unharmed. KL: of the edited next-token distribution from the unedited; top-1: how often the most likely token stays, from the "
-        "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there; edit: fingerprint of the numbers put in."
+        "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there."
     )
     console().print(notes, style="dim", highlight=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nnato.cli import common
+from nnato.cli.tables import new_table
 
 if TYPE_CHECKING:
     from nnato.sae_training import Recipe, Trained
@@ -78,8 +79,6 @@ def run(
 
 def show(trained: Trained, recipe: Recipe, following: str, as_json: bool) -> None:
     """What came out, by layer."""
-    from rich.table import Table
-
     record = {
         "path": str(trained.path),
         "sites": [site.key for site in trained.sites],
@@ -91,9 +90,8 @@ def show(trained: Trained, recipe: Recipe, following: str, as_json: bool) -> Non
         common.print_json(trained.model, trained.text, record, recipe.seed)
         return
     first, last = trained.history[0], trained.history[-1]
-    table = Table(title="Share of variance that the SAE leaves out, of tokens just before it is trained on them")
-    for heading in ("site", "at the beginning", "at the end"):
-        table.add_column(heading, justify="right")
+    title = "Share of variance left out, of tokens just before the SAE is trained on them"
+    table = new_table(title, ("site", "at the beginning", "at the end"))
     for site in trained.sites:
         table.add_row(str(site), f"{first['fvu'][str(site)]:.3f}", f"{last['fvu'][str(site)]:.3f}")
     common.console().print(table)
