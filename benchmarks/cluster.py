@@ -31,7 +31,7 @@ from nnato.ray_engine import SHARDS_PER_WORKER
 
 TOLERANCE = 1e-12
 WORKERS = 2
-SHARDS = 4
+SHARDS = 2
 """Of the way without a cluster, which starts a process for each."""
 
 
@@ -97,7 +97,7 @@ def difference(one: Path, other: Path) -> float:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=24_000)
+    parser.add_argument("--tokens", type=int, default=8_000)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     job = ["accumulate", "--pairs", "9:12", "--tokens", str(arguments.tokens), "--quiet"]
