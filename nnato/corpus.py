@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -71,26 +72,33 @@ class Corpus:
         Raises:
             TextError: The source does not exist or cannot be read.
         """
+        yield from self.open()()
+
+    def open(self) -> Callable[[], Iterator[str]]:
+        """See that the source is there, without reading it or asking the network; what returns reads the documents.
+
+        Raises:
+            TextError: There is no such source.
+        """
         path = Path(self.source).expanduser()
         if self.source == DEFAULT_TEXT:
-            yield from python_docs()
-        elif self.source.startswith("datasets:"):
-            yield from _dataset(self.source.removeprefix("datasets:"), self.column)
-        elif path.is_dir():
+            return python_docs
+        if self.source.startswith("datasets:"):
+            return functools.partial(_dataset, self.source.removeprefix("datasets:"), self.column)
+        if path.is_dir():
             files = sorted(path.glob("*.txt"))
             if not files:
                 raise TextError(f"{path} holds no .txt file")
-            yield from (_read(file) for file in files)
-        elif path.suffix == ".jsonl" and path.is_file():
-            yield from _jsonl(path, self.column)
-        elif path.is_file():
-            yield from _passages(_read(path))
-        elif self.source.count("/") == 1 and not path.suffix and not self.source.startswith((".", "/", "~")) and self.source[-1] != "/":
-            yield from _dataset(self.source, self.column)
-        else:
-            raise TextError(
-                f"no text {self.source!r}: not {DEFAULT_TEXT!r}, a .txt or .jsonl file, a folder of .txt files, or a datasets id owner/name"
-            )
+            return lambda: (_read(file) for file in files)
+        if path.suffix == ".jsonl" and path.is_file():
+            return functools.partial(_jsonl, path, self.column)
+        if path.is_file():
+            return lambda: _passages(_read(path))
+        if self.source.count("/") == 1 and not path.suffix and not self.source.startswith((".", "/", "~")) and self.source[-1] != "/":
+            return functools.partial(_dataset, self.source, self.column)
+        raise TextError(
+            f"no text {self.source!r}: not {DEFAULT_TEXT!r}, a .txt or .jsonl file, a folder of .txt files, or a datasets id owner/name"
+        )
 
     def tokenize(self, tokenizer: Any, progress: Callable[[int], None] | None = None) -> TokenBlocks:
         """Tokenise documents into blocks; blocks of one document never fall into two splits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 with contextlib.suppress(ImportError, TypeError):
     # nnsight mounts `.save` on `object`; anyio must have defined its classes before that, or it refuses to define them (TypeError, if the
@@ -21,6 +22,9 @@ from nnsight.ndif import get_local_env
 from nnsight.schema.config import CONFIG
 from nnsight.tracing.tracer import Tracer, _saves, mark, push_result
 from nnsight.tracing.util import push
+
+# A pass that ends early, by an error or Ctrl-C, ends the block that waits for its values by GreenletExit; nnsight would warn of that.
+warnings.filterwarnings("ignore", message="An intervention block raised .*GreenletExit", category=UserWarning)
 
 nnsight.register("nnato")  # so that nnsight ships this package's classes and functions by value
 

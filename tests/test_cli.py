@@ -534,3 +534,15 @@ def test_ablate_on_the_embedded_model(tmp_path):
         assert effects[name]["delta_loss_at_edit"]["low"] > transport["high"]
         assert effects[name]["minus_transport"]["low"] > 0
     assert effects["none"]["log_perplexity"] < 4.5
+
+
+def test_a_missing_text_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(main, ["accumulate", "no-model-either/", "--text", "typo/", "--out", "made"])
+    assert refused.exit_code == 2
+    assert "no text 'typo/'" in refused.output
+    assert not (tmp_path / "made").exists()
+    refused = CliRunner().invoke(main, ["accumulate", "no-model-either/", "--out", "made"])
+    assert refused.exit_code == 2
+    assert "no model 'no-model-either/'" in refused.output
+    assert not (tmp_path / "made").exists()  # nothing is in it

@@ -224,3 +224,12 @@ def test_too_short_text_is_refused(tmp_path, tokenizer, contents):
 def test_bad_settings_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         Corpus(**arguments)
+
+
+def test_a_source_is_seen_to_be_there_without_reading_it(text, tmp_path):
+    assert len(list(Corpus(str(text)).open()())) == 60
+    Corpus("owner/name").open()  # asks no network
+    with pytest.raises(TextError, match="no text 'nosuch/'"):
+        Corpus("nosuch/").open()
+    with pytest.raises(TextError, match=r"holds no \.txt file"):
+        Corpus(str(tmp_path)).open()

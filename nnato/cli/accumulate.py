@@ -75,9 +75,8 @@ def command(
     from nnato.errors import RemoteError, SiteError
     from nnato.models import describe
     from nnato.sites import grid, parse_sites
-    from nnato.storage import prepare_folder
 
-    prepare_folder(out.expanduser())
+    common.new_folder(out)
     sharing = cluster.take_cluster_options(text, text["remote"] or text["dry_run_remote"])
     remote = remotely.take_remote_options(text, dtype)
     if all_tokens and not remote.on:

@@ -92,6 +92,8 @@ def command(name: str, keep: bool = True) -> Callable[[Callable[..., None]], cli
             from nnato.errors import ActivationError, OutputError
 
             try:
+                if kwargs.get("text") is not None:  # before a model is loaded
+                    _check_text(kwargs["text"])
                 function(*args, **kwargs)
                 if keep:
                     write_config()
@@ -105,6 +107,12 @@ def command(name: str, keep: bool = True) -> Callable[[Callable[..., None]], cli
         return click.command(name, cls=Command)(wrapped)
 
     return decorate
+
+
+def _check_text(source: str) -> None:
+    from nnato.corpus import Corpus
+
+    Corpus(source).open()
 
 
 @contextlib.contextmanager
@@ -173,6 +181,25 @@ def parse_pair_options(pairs: str | None, source: str | None, leap: str | None, 
     return None
 
 
+def new_folder(out: Path) -> Path:
+    """Make and check the folder of `--out`, before work starts; gone again when the command ends, if it was not there and nothing is in it.
+
+    Raises:
+        OutputError: It cannot be written to.
+    """
+    from nnato.storage import prepare_folder
+
+    folder = out.expanduser()
+    if not folder.exists():
+
+        def remove() -> None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+        click.get_current_context().call_on_close(remove)
+    return prepare_folder(folder)
+
+
 @overload
 def output_folder(out: Path) -> Path: ...
 @overload
@@ -183,11 +210,11 @@ def output_folder(out: Path | None) -> Path | None:
     Raises:
         OutputError: It cannot be written to, or another process works on it.
     """
-    from nnato.storage import exclusive, prepare_folder
+    from nnato.storage import exclusive
 
     if out is None:
         return None
-    folder = prepare_folder(out.expanduser())
+    folder = new_folder(out)
     click.get_current_context().with_resource(exclusive(folder))
     return folder
 

@@ -52,9 +52,8 @@ def _fit(
     from nnato.lens import fit_lens, lens_pairs
     from nnato.lens_training import train_lens
     from nnato.models import describe
-    from nnato.storage import prepare_folder
 
-    prepare_folder(out.expanduser())
+    common.new_folder(out)
     with common.progress_bar() as progress:
         accumulated = None if moments is None else load_moments(moments)
         loaded = None
@@ -106,9 +105,8 @@ def _load(reference: str, model: str | None, device: str | None, dtype: str, out
     """
     from nnato.lens import import_lens
     from nnato.models import describe
-    from nnato.storage import prepare_folder
 
-    prepare_folder(out.expanduser())
+    common.new_folder(out)
     with common.progress_bar() as progress:
         info = describe(common.load(model, device, dtype, progress))
     lens = import_lens(reference, info.blocks, info.d_model)

@@ -59,9 +59,8 @@ def run(
     from nnato.models import describe
     from nnato.sae_training import default_corpus, train_sae
     from nnato.sites import parse_sites
-    from nnato.storage import prepare_folder
 
-    prepare_folder(out.expanduser())
+    common.new_folder(out)
     loaded_lens = None if lens is None else Lens.load(lens)
     with common.progress_bar() as progress:
         loaded = common.load(model, device, dtype, progress)
