@@ -201,6 +201,9 @@ def test_dead_is_counted_in_tokens(model, corpus):
             assert not training.trainer.dead_neurons[0], number
             training.trainer.step(batch)
             training.trainer.n_training_steps += 1
+        silent = training.trainer.n_forward_passes_since_fired.clone()
+        training._fvu(torch.stack([batch, batch]))  # judging is no use of a latent
+        assert torch.equal(training.trainer.n_forward_passes_since_fired, silent)
         assert training.trainer.dead_neurons[0]
 
 
