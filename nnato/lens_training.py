@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -147,14 +148,16 @@ def train_lens(
     sites: Sequence[int | str | ResidualSite] | None = None,
     steps: int = 200,
     tokens: int = 256,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     validation: int = 8,
+    checks: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Lens:
     """Train translators by KL(model ‖ lens) with Adam, from where they are; a closed-form lens is a good place to start.
 
-    A translator that does not do better on validation documents than the one it started from is left as it was.
+    On the way, validation documents are read several times. Of each translator, the state that did best there is kept, the one it started
+    from included, so none does worse there than before.
 
     Args:
         model: The model.
@@ -163,10 +166,16 @@ def train_lens(
         sites: Which translators; by default all.
         steps: Steps of Adam; the rate falls linearly to zero.
         tokens: Tokens of a step, drawn from one sequence.
-        lr: Adam's rate, in units of the deviations of input and output.
+        lr: Adam's rate, in units of the deviations of input and output. A step can move an output by about the width of the residual
+            stream times this.
         validation: Full blocks of validation documents that decide.
+        checks: How often they do, at equal distances, the last time after the last step.
         seed: Of the draw.
         progress: Told of each step.
+
+    Returns:
+        The lens. Its details say at which sites it is better (`kl_improved`), and at which step each validation gave which KL
+        (`kl_validation`).
 
     Raises:
         OperatorError: The lens is of another model, or there is nothing to train.
@@ -174,38 +183,79 @@ def train_lens(
     """
     info = describe(model)
     chosen = sorted(set(lens.translators) if sites is None else {ResidualSite.parse(site, info.blocks) for site in sites} - {lens.last})
-    if not chosen or steps < 1 or tokens < 1:
-        raise OperatorError("nothing to train: give a site before the last block, and at least one step of one token")
+    if not chosen or steps < 1 or tokens < 1 or checks < 1:
+        raise OperatorError("nothing to train: give a site before the last block, at least one step of one token, and one check")
     lens.check_fits(info, chosen)
     blocks = tokenize(model, corpus, progress)
+    best = _Best(model, blocks, chosen, validation, lens)
+    due = {round(steps * check / checks) for check in range(1, checks + 1)}
+    for step, learners in _trained(model, lens, blocks, chosen, steps, tokens, lr, seed):
+        if progress is not None:
+            progress("training the lens", step, steps)
+        if step in due:
+            now = {site: learner.result() for site, learner in zip(chosen, learners, strict=True)}
+            best.consider(step, replace(lens, translators={**lens.translators, **now}))
+    improved = [site.key for site in chosen if best.step[site]]
+    details = {**lens.details, "kl_steps": steps, "kl_improved": improved, "kl_validation": best.history}
+    return replace(best.lens, details=details)
+
+
+class _Best:
+    """The translators that did best on validation documents so far, site by site.
+
+    Attributes:
+        lens: With these translators.
+        step: By site, after which step that was; 0 is the start.
+        history: By site in text, pairs of step and KL.
+    """
+
+    def __init__(self, model: TransformersModel, blocks: TokenBlocks, sites: Sequence[ResidualSite], sequences: int, lens: Lens) -> None:
+        self.model, self.blocks, self.sites, self.sequences = model, blocks, sites, sequences
+        self.lens, self.step, self.kl = lens, dict.fromkeys(sites, 0), dict.fromkeys(sites, math.inf)
+        self.history: dict[str, list[list[float]]] = {str(site): [] for site in sites}
+        self.consider(0, lens)
+
+    def consider(self, step: int, lens: Lens) -> None:
+        """Take over what is better; a KL that is not finite never is."""
+        found = evaluate_lens(self.model, {"": lens}, self.blocks, sites=self.sites, sequences=self.sequences, split="validation")[""]
+        better = {one.site: lens.translators[one.site] for one in found if one.kl.value < self.kl[one.site]}
+        for one in found:
+            self.history[str(one.site)].append([step, one.kl.value])
+            if one.site in better:
+                self.step[one.site], self.kl[one.site] = step, one.kl.value
+        self.lens = replace(self.lens, translators={**self.lens.translators, **better})
+
+
+def _trained(
+    model: TransformersModel,
+    lens: Lens,
+    blocks: TokenBlocks,
+    sites: Sequence[ResidualSite],
+    steps: int,
+    tokens: int,
+    lr: float,
+    seed: int,
+) -> Iterator[tuple[int, list[_Learner]]]:
+    """After each step of Adam its number, from 1, and the learners of the sites."""
     rows = blocks.only("train").index
     available = max(int((rows[:, 1] == blocks.context).sum()), 1)
-    learners: dict[ResidualSite, _Learner] = {}
     generator = torch.Generator().manual_seed(seed)
+    learners: list[_Learner] = []
     step = 0
     while step < steps:
-        for residuals, logits in _passes(model, blocks, chosen, "train", min(steps - step, available)):
-            if progress is not None:
-                progress("training the lens", step, steps)
+        for residuals, logits in _passes(model, blocks, sites, "train", min(steps - step, available)):
             if not learners:
-                learners = {site: _Learner(lens, site, x.float()) for site, x in zip(chosen, residuals, strict=True)}
-                optimizer = torch.optim.Adam([one for learner in learners.values() for one in learner.parameters], lr=lr)
+                learners = [_Learner(lens, site, x.float()) for site, x in zip(sites, residuals, strict=True)]
+                optimizer = torch.optim.Adam([one for learner in learners for one in learner.parameters], lr=lr)
                 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, steps)
             part = torch.randperm(len(logits), generator=generator)[:tokens].to(logits.device)
-            for learner, x in zip(learners.values(), residuals, strict=True):
+            for learner, x in zip(learners, residuals, strict=True):
                 divergence(logits[part], head(model, learner(x[part].float()))).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             step += 1
-    trained = replace(lens, translators={**lens.translators, **{site: learner.result() for site, learner in learners.items()}})
-    scores = evaluate_lens(
-        model, {"before": lens, "after": trained}, blocks, sites=chosen, sequences=validation, split="validation", progress=progress
-    )
-    better = {one.site for one, other in zip(scores["after"], scores["before"], strict=True) if one.kl.value < other.kl.value}
-    translators = {site: (trained if site in better else lens).translators[site] for site in lens.translators}
-    details = {**lens.details, "kl_steps": steps, "kl_improved": [site.key for site in sorted(better)]}
-    return replace(trained, translators=translators, details=details)
+            yield step, learners
 
 
 class _Learner:

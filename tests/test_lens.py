@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_multilayer import random_lens
 from nnato.accumulation import accumulate
 from nnato.errors import FileFormatError, OperatorError, SiteError
 from nnato.lens import Lens, export_lens, fit_lens, import_lens, lens_pairs, logit_lens
-from nnato.lens_training import divergence, evaluate_lens, head, train_lens
+from nnato.lens_training import _Best, divergence, evaluate_lens, head, train_lens
 from nnato.models import describe, wrap
 from nnato.sites import ResidualSite
 
@@ -192,6 +193,46 @@ def test_training_by_kl_never_does_worse_on_validation(model, corpus, fitted):
     ruined = train_lens(model, lens, corpus, steps=3, tokens=32, lr=50.0, validation=4)
     assert ruined.details["kl_improved"] == []
     assert ruined.digest == lens.digest
+
+
+def test_the_best_state_on_validation_is_kept_not_the_last(model, corpus, fitted):
+    """Each site keeps its own best step, the start included; the digests say so without the trainer's own numbers."""
+    lens, _ = fitted
+    trained = train_lens(model, lens, corpus, steps=40, tokens=32, lr=1e-2, validation=6, checks=8)
+    found = evaluate_lens(model, {"before": lens, "after": trained}, corpus, sequences=6, split="validation")
+    best_steps = set()
+    for before, after in zip(found["before"][:-1], found["after"][:-1], strict=True):
+        steps, values = zip(*trained.details["kl_validation"][str(after.site)], strict=True)
+        assert steps == tuple(range(0, 41, 5))
+        assert values[0] == pytest.approx(before.kl.value)
+        assert after.kl.value == pytest.approx(min(values), rel=1e-5)
+        best_steps.add(steps[int(np.argmin(values))])
+    assert {0, 40} <= best_steps  # otherwise this would not tell the best from the first or the last
+
+
+def test_what_was_better_on_the_way_comes_back(model, corpus, fitted):
+    """A good state between two bad ones is kept at its site only, and one that is not a number never is."""
+    good, bad = fitted[0], logit_lens(BLOCKS, WIDTH)
+    first, second = ResidualSite(0), ResidualSite(1)
+    best = _Best(model, corpus.tokenize(model.tokenizer), [first, second], 4, bad)
+    best.consider(5, replace(bad, translators={**bad.translators, first: good.translators[first]}))
+    broken = replace(good.translators[first], weight=torch.full((WIDTH, WIDTH), torch.nan, dtype=torch.float64))
+    best.consider(6, replace(bad, translators={**bad.translators, first: broken, second: good.translators[second]}))
+    best.consider(7, bad)
+    assert best.step == {first: 5, second: 6}
+    assert [best.lens.translators[site] for site in (first, second)] == [good.translators[site] for site in (first, second)]
+    assert [step for step, _ in best.history["1"]] == [0, 5, 6, 7]
+
+
+def test_training_by_kl_ends_lower_from_the_closed_form_than_from_the_identity(model, corpus, fitted):
+    """At equal steps and draws, on documents that neither was fitted to nor chosen by."""
+    lens, _ = fitted
+    starts = {"closed": lens, "identity": logit_lens(BLOCKS, WIDTH)}
+    trained = {name: train_lens(model, start, corpus, steps=30, tokens=64, lr=1e-3, validation=6) for name, start in starts.items()}
+    scores = evaluate_lens(model, {**trained, "untrained": lens}, corpus, sequences=8)
+    for closed, other in zip(scores["closed"][:-1], scores["identity"][:-1], strict=True):
+        assert closed.kl.value < other.kl.value, closed.site
+    assert scores["closed"][0].kl.value < scores["untrained"][0].kl.value
 
 
 def test_what_does_not_fit_is_refused(model, corpus, fitted):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from conftest import BLOCKS
 from matplotlib.figure import Figure
+from test_multilayer import LATENTS, random_sae
 
-from nnato import plots
+from nnato import layer_plots, plots
 from nnato.accumulation import accumulate
 from nnato.efficiency import paper_efficiencies, transport_efficiency
 from nnato.fitting import fit
+from nnato.multilayer import layer_activity
 from nnato.perplexity import ablate
 from nnato.plots import (
     ablation_bars,
@@ -87,3 +91,21 @@ def test_the_papers_curve_and_scaling_show_the_results(model, corpus, tmp_path, 
     line = figures[1].axes[0].lines[0]
     assert list(line.get_xdata()) == [point.tokens for point in scalings[0].points]
     assert list(line.get_ydata()) == [point.r2["whitened"].value for point in scalings[0].points]
+
+
+def test_layer_figure_shows_active_latents_latest_first(model, corpus, tmp_path, monkeypatch):
+    """Rows are distributions over layers, by falling mean layer; a latent that was never active has none."""
+    drawn = []
+    monkeypatch.setattr(layer_plots, "save_figure", lambda figure, path: drawn.append(figure))
+    activity = layer_activity(model, random_sae(), corpus)
+    for fold in activity.folds:
+        fold.total[7] = 0
+    layer_plots.layer_figure(activity, tmp_path / "layers.png", "a model")
+    shares = np.asarray(drawn[0].axes[0].images[0].get_array())
+    totals = activity.stats.total.numpy()
+    totals = totals[totals.sum(1) > 0]
+    wanted = totals / totals.sum(1, keepdims=True)
+    assert len(shares) == len(wanted) < LATENTS
+    np.testing.assert_allclose(shares.sum(1), 1)
+    assert (np.diff(shares @ np.arange(BLOCKS)) <= 1e-12).all()
+    np.testing.assert_allclose(np.sort(shares, axis=0), np.sort(wanted, axis=0))

@@ -20,9 +20,9 @@ PROMPT = "w3 w5 w7 w11 w13 w17 w19 w23"
 
 def dense_codes(model, sae, ids, lens=None):
     seen, _ = hook_residuals(model._module, ids)
-    x = torch.stack([seen[site] for site in sae.sites])
+    x = residuals = torch.stack([seen[site] for site in sae.sites])
     x = x if lens is None else torch.stack([lens(rows, site) for rows, site in zip(x, sae.sites, strict=True)])
-    return sae.dictionary.encode(x).double().numpy(), x
+    return sae.dictionary.encode(x).double().numpy(), residuals
 
 
 @pytest.mark.parametrize("lens", [None, random_lens()], ids=["none", "lens"])
@@ -112,14 +112,15 @@ def test_leaders_are_those_of_sorting():
         assert list(zip(leaders.values[key].tolist(), leaders.places[key].tolist(), strict=True)) == wanted
 
 
-def test_examples_are_those_of_brute_force(model, corpus):
-    sae = random_sae()
+@pytest.mark.parametrize("lens", [None, random_lens()], ids=["none", "lens"])
+def test_examples_are_those_of_brute_force(model, corpus, lens):
+    sae = random_sae(lens=lens)
     blocks = corpus.tokenize(model.tokenizer)
     found = top_examples(model, sae, blocks, count=3, batch_size=3)
     test, best, medians = blocks.only("test"), {}, None
     for rows in test.plan(3):
         tokens = test.batch(rows)
-        dense, x = dense_codes(model, sae, tokens.ids)
+        dense, x = dense_codes(model, sae, tokens.ids, lens)
         allowed = tokens.mask & ~tokens.special
         allowed[:, 0] = False
         norms = x.norm(dim=-1)

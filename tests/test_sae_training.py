@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -141,6 +142,18 @@ def test_geometric_median_minimises_the_sum_of_distances():
     assert torch.allclose(geometric_median(repeated), rows[0], atol=1e-6)
 
 
+def test_the_bias_starts_at_the_geometric_median_of_standardised_rows(model, blocks):
+    """There the gradient of the sum of distances to the rows is zero: as many unit vectors point one way as the other."""
+    from nnato.sae_training import _Training
+
+    recipe = dataclasses.replace(SMALL, lr=1e-12)
+    rows, training = _Rows(model, blocks, (0, 2), recipe, None, 4), _Training(recipe, WIDTH, (0, 2), torch.device("cpu"))
+    buffer = rows.fill()
+    training.learn(buffer, rows.fresh)
+    apart = (buffer[: 2 * recipe.rows] - training.sae.b_dec.detach()).double()
+    assert (apart / apart.norm(dim=1, keepdim=True)).mean(0).norm() < 1e-3
+
+
 def test_a_vector_of_zeros_stays_finite():
     assert torch.equal(standardise(torch.zeros(3, 7))[0], torch.zeros(3, 7))
 
@@ -189,7 +202,15 @@ def test_dead_is_counted_in_tokens(model, corpus):
             assert not training.trainer.dead_neurons[0], number
             training.trainer.step(batch)
             training.trainer.n_training_steps += 1
+        silent = training.trainer.n_forward_passes_since_fired.clone()
+        training._fvu(torch.stack([batch, batch]))  # judging is no use of a latent
+        assert torch.equal(training.trainer.n_forward_passes_since_fired, silent)
         assert training.trainer.dead_neurons[0]
+
+
+def test_without_an_auxiliary_loss(model, corpus, tmp_path):
+    trained = train_sae(model, None, dataclasses.replace(SMALL, aux=0.0), out=tmp_path, corpus=corpus)
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def command() -> None:
 @common.batch_option
 @common.model_options
 @click.option("--kl-steps", type=int, default=0, show_default=True, help="Then train by KL for so many steps.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Rate of that training.")
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="Rate of that training.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("lens"), show_default=True, help="Folder for the result.")
 @common.json_option
 def _fit(
@@ -84,7 +84,7 @@ def _fit(
     common.console().print(table)
     if kl_steps:
         better = len(lens.details["kl_improved"])
-        common.say(f"training by KL did better on validation documents at {better} of {len(fits)} sites, and is kept there")
+        common.say(f"training by KL did better on validation documents at {better} of {len(fits)} sites; the best state of each is kept")
     common.say(f"{path}. Next: nnato lens evaluate {out}")
 
 
