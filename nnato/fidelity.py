@@ -17,7 +17,7 @@ from nnato.models import describe
 from nnato.moments import Moments
 from nnato.multilayer import MultiLayerSAE
 from nnato.operators import AffineMap
-from nnato.reduction import TokenClasses, capture, classify
+from nnato.reduction import TokenClasses, capture, classify, stacked
 from nnato.regression import Regression
 from nnato.selection import Method, Solver
 from nnato.sites import ResidualSite
@@ -89,7 +89,7 @@ def fidelity(
             progress("replacing layers", number, sequences)
         tokens = blocks.batch([row])
         with torch.no_grad(), ATOTrace(model, input_ids=tokens.ids, use_cache=False) as t:
-            residuals = save(torch.stack([t.residual(site) for site in sae.sites]))
+            residuals = save(stacked(model, t, sae.sites))
             logits = save(t.logits)
         ordinary, _, medians = classify(residuals, tokens.mask, tokens.special, medians)
         at = torch.nonzero(ordinary[0, :-1])[:, 0]  # the last position predicts nothing that is there

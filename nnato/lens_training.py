@@ -16,7 +16,7 @@ from nnato.intervals import Interval, ratio_spread
 from nnato.lens import Lens
 from nnato.models import describe
 from nnato.operators import TransportOperator
-from nnato.reduction import classify
+from nnato.reduction import classify, stacked
 from nnato.sites import ResidualSite
 from nnato.statistics import Progress
 from nnato.trace import ATOTrace, save
@@ -134,7 +134,7 @@ def _passes(
     for row in blocks.full_blocks(split, sequences):
         tokens = blocks.batch([row])
         with torch.no_grad(), ATOTrace(model, input_ids=tokens.ids, use_cache=False) as t:
-            residuals = save(torch.stack([t.residual(site) for site in sites]))
+            residuals = save(stacked(model, t, sites))
             logits = save(t.logits)
         ordinary, _, medians = classify(residuals, tokens.mask, tokens.special, medians)
         yield residuals[:, ordinary], logits[ordinary].float()

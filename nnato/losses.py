@@ -13,7 +13,7 @@ import torch
 
 from nnato.blocks import find_blocks
 from nnato.positions import pick
-from nnato.reduction import capture, classify
+from nnato.reduction import capture, classify, stacked
 from nnato.sites import ResidualSite
 from nnato.trace import ATOTrace, save
 
@@ -95,7 +95,7 @@ def measure(
     """
     number, ids, special, other, sets = item
     with ATOTrace(model, input_ids=ids, use_cache=False) as t:
-        residuals = save(torch.stack([t.residual(site) for site in sites]))
+        residuals = save(stacked(model, t, sites))
         logits = save(t.logits)
     ordinary = classify(residuals, torch.ones_like(special), special, medians)[0][0].tolist()
     place = {int(site): residuals[at, 0] for at, site in enumerate(sites)}
@@ -157,7 +157,7 @@ def mean_logit(probability: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def _reference(clean: torch.Tensor, positions: list[int]) -> Reference:
     """What edited passes are compared with at some positions; clean is float32 (positions, vocabulary)."""
-    affected = torch.tensor(positions, device=clean.device)
+    affected = torch.tensor(positions)  # for tensors of any device: the head of a spread model may be on another than the last block
     with torch.autocast(device_type=clean.device.type, enabled=False):
         before = clean[affected]
         normaliser = torch.logsumexp(before, -1)
@@ -321,7 +321,7 @@ def _step(
 
     def new(y: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device_type=y.device.type, enabled=False):
-            seen, values = x[:], y.clone()  # x[:] waits, if x is yet to be read
+            seen, values = x[:].to(y.device), y.clone()  # x[:] waits, if x is yet to be read
             for row, way in enumerate(ways):
                 values[row, edited] = replaced(way, seen[row], y[row], edited, others, donor).to(values)
         return values

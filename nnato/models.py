@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from nnato.blocks import find_blocks
 from nnato.embedded import DEFAULT_MODEL, EMBEDDED, LOAD_ERRORS, convert_gguf
-from nnato.errors import ModelError, PositionError, did_you_mean, first_line
+from nnato.errors import MissingExtraError, ModelError, PositionError, did_you_mean, first_line
 from nnato.nnsight_setup import HUB_IDS, TransformersModel
 
 ON_SERVER = "on a server"
@@ -120,7 +121,8 @@ def load_model(
     Args:
         name: `None` for the embedded default (gemma-3-270m of the extra `nnato[demo]`; SmolLM2 if only that is installed),
             `"gemma-3-270m"`, `"smollm2"`, a folder in Hugging Face format, a `.gguf` file, or a hub id such as `google/gemma-2-2b`.
-        device: Where to put the weights; by default the first GPU, else the CPU.
+        device: Where to put the weights; by default the first GPU, else the CPU. `"auto"` spreads them over all GPUs, with
+            accelerate.
         dtype: Data type of the weights. Float32 is the fastest on most CPUs and the one all figures of nnato were measured in.
         remote: Load no weights, only tokenizer and architecture; the weights are on a server, which knows the model by the same name.
 
@@ -138,22 +140,26 @@ def load_model(
         model = _without_weights(str(EMBEDDED[name].folder()) if name in EMBEDDED else name, path)
         model._module.config._name_or_path = name
         return model
-    device = _device(device)
+    how: dict[str, Any] = {"dtype": dtype, "device_map": _device_map(device)}
     if name in EMBEDDED:
-        module, tokenizer = _from_folder(EMBEDDED[name].folder(), dtype)
+        module, tokenizer = _from_folder(EMBEDDED[name].folder(), how)
     elif path.suffix == ".gguf" and path.is_file():
-        module, tokenizer = _from_folder(convert_gguf(path), dtype)
+        module, tokenizer = _from_folder(convert_gguf(path), how)
     elif path.is_dir():
-        module, tokenizer = _from_folder(path, dtype)
+        module, tokenizer = _from_folder(path, how)
     elif path.suffix == ".gguf" or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ModelError(
             f"no model {name!r}{did_you_mean(name, EMBEDDED)}: not an embedded name ({', '.join(EMBEDDED)}), a folder, a .gguf file, or a "
             "hub id owner/name"
         )
     else:
-        module, tokenizer = _from_hub(name, dtype)
+        module, tokenizer = _from_hub(name, how)
     module.config._name_or_path = name
-    return wrap(module.to(device), tokenizer)
+    if how["device_map"] is None:
+        module = module.to(_device(device))
+    elif away := [parameter for parameter in module.parameters() if parameter.device.type == "meta"]:
+        raise ModelError(f"{name} does not fit on the GPUs: {len(away)} of its weights are left; give a smaller dtype, or device 'cpu'")
+    return wrap(module, tokenizer)
 
 
 def _without_weights(name: str, path: Path) -> TransformersModel:
@@ -170,6 +176,16 @@ def _without_weights(name: str, path: Path) -> TransformersModel:
         raise _hub_error(name, error) from None
     find_blocks(model._module)
     return model
+
+
+def _device_map(device: str | torch.device | None) -> str | None:
+    """What transformers is told of devices; None if the model goes to one of them as a whole, which is checked first."""
+    if device != "auto":
+        _device(device)
+        return None
+    if find_spec("accelerate") is None:
+        raise MissingExtraError("device 'auto' needs the package accelerate: pip install accelerate")
+    return "auto"
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -222,19 +238,19 @@ def check_text(model: TransformersModel, context: int, largest: int = 0) -> None
         raise ModelError(f"the tokenizer gives token {largest}, but the model has {rows} tokens: they do not belong together")
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_folder(folder: Path, how: dict[str, Any]) -> tuple[Any, Any]:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in names):
         raise ModelError(f"{folder} holds no tokenizer ({', '.join(names)}): save the model's own there")
     try:
-        return _pretrained(str(folder), dtype=dtype, local_files_only=True)
+        return _pretrained(str(folder), local_files_only=True, **how)
     except LOAD_ERRORS as error:
         raise ModelError(f"{folder} holds no causal language model that transformers can load: {first_line(error)}") from None
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_hub(name: str, how: dict[str, Any]) -> tuple[Any, Any]:
     try:
-        return _pretrained(name, dtype=dtype)
+        return _pretrained(name, **how)
     except LOAD_ERRORS as error:
         raise _hub_error(name, error) from None
 
@@ -258,5 +274,4 @@ def _pretrained(name: str, **options: Any) -> tuple[Any, Any]:
     module, loading = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} among them: its files are incomplete")
-    options.pop("dtype")
-    return module, AutoTokenizer.from_pretrained(name, **options)
+    return module, AutoTokenizer.from_pretrained(name, local_files_only=options.get("local_files_only", False))

@@ -38,10 +38,27 @@ def capture(model: TransformersModel, ids: torch.Tensor, sites: Iterable[Residua
     """
     sites = tuple(sites)
     with torch.no_grad(), ATOTrace(model, input_ids=ids, use_cache=False, logits_to_keep=1) as t:
-        residuals: torch.Tensor = save(torch.stack([t.residual(site) for site in sites]))
+        residuals: torch.Tensor = save(stacked(model, t, sites))
         t.skip_after(max(sites))
         t.skip_head()
     return residuals
+
+
+def stacked(model: TransformersModel, t: ATOTrace, sites: Iterable[ResidualSite]) -> torch.Tensor:
+    """Residuals of a running trace at some sites, together on one device even if the model is spread over several.
+
+    Args:
+        model: The model.
+        t: The trace.
+        sites: Where.
+
+    Returns:
+        (sites, blocks, positions, d_model), where the model's first weights are, or the first of these residuals if those are nowhere.
+    """
+    residuals = [t.residual(site) for site in sites]
+    first = next(model._module.parameters()).device
+    place = residuals[0].device if first.type == "meta" else first
+    return torch.stack([residual.to(place) for residual in residuals])
 
 
 class TokenClasses:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
-from conftest import WIDTH
+from accelerate import dispatch_model
+from conftest import BLOCKS, WIDTH, make_module, make_operator
 from test_multilayer import random_lens, random_sae
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnato.dictionaries import Dictionary
+from nnato.errors import ModelError
 from nnato.fidelity import backward_maps, fidelity
+from nnato.models import load_model, wrap
 from nnato.moments import Moments, _add_products
 from nnato.multilayer import MultiLayerSAE
+from nnato.perplexity import ablate
 from nnato.prompts import prompt_activity
-from nnato.reduction import TokenClasses, capture
+from nnato.reduction import TokenClasses, capture, stacked
 from nnato.sites import ResidualSite, grid
 from nnato.statistics import ResidualBatch
 from nnato.steering import _addition, _reconstruction, steer
@@ -91,3 +99,43 @@ def test_every_reading_of_an_sae_begins_with_moving_it_to_the_model(model, corpu
     top_examples(model, sae, corpus, count=1)
     backward_maps(model, random_sae(lens=random_lens()), corpus)
     assert len(moved) == 5
+
+
+def test_residuals_of_a_spread_model_come_together_where_its_first_weights_are():
+    """Two GPUs that only exist as fake tensors, which refuse to be mixed as real ones do."""
+    with FakeTensorMode():
+        places = {0: "cuda:1", 1: "cuda:1", 2: "cuda:0"}
+        trace = SimpleNamespace(residual=lambda site: torch.empty(1, 5, WIDTH, device=places[site]))
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.stack([trace.residual(site) for site in places])
+        for first, want in (("cuda:0", "cuda:0"), ("meta", "cuda:1")):  # of a model without weights, nobody knows where they are
+            model = SimpleNamespace(_module=SimpleNamespace(parameters=lambda first=first: iter([torch.empty(1, device=first)])))
+            both = stacked(model, trace, places)
+            assert both.shape == (3, 1, 5, WIDTH)
+            assert both.device == torch.device(want)
+
+
+def test_a_model_that_accelerate_runs_is_traced_and_edited_alike(tokenizer, corpus):
+    """Accelerate's hooks around every block, as `device="auto"` makes them on several GPUs; here all of them are the CPU."""
+    ids = torch.randint(5, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    whole, module = wrap(make_module("gemma2"), tokenizer), make_module("gemma2")
+    layers = {f"model.layers.{number}": "cpu" for number in range(BLOCKS)}
+    rest = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = wrap(dispatch_model(module, {**layers, **rest}, force_hooks=True), tokenizer)
+    assert hasattr(module.model.layers[1], "_hf_hook")
+    sites = [ResidualSite(0), ResidualSite(BLOCKS - 1)]
+    assert torch.equal(capture(spread, ids, sites), capture(whole, ids, sites))
+    operator = make_operator(0, 2)
+    one, other = (ablate(model, [operator], corpus, positions=2, sequences=3)[0] for model in (whole, spread))
+    assert one.to_json() == other.to_json()
+
+
+def test_weights_are_spread_by_accelerate_or_refused(saved_model, monkeypatch):
+    model = load_model(str(saved_model), device="auto")
+    assert {parameter.device.type for parameter in model._module.parameters()} <= {"cpu", "cuda"}
+    whole = load_model(str(saved_model), device="cpu")
+    ids = torch.randint(5, 40, (1, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(capture(model, ids, [ResidualSite(1)]).cpu(), capture(whole, ids, [ResidualSite(1)]), atol=1e-6)
+    monkeypatch.setattr("nnato.models._device_map", lambda device: {"": "meta"})
+    with pytest.raises(ModelError, match="does not fit on the GPUs"):
+        load_model(str(saved_model), device="auto")

@@ -41,7 +41,7 @@ def options(*decorators: Function) -> Function:
 
 
 model_options = options(
-    click.option("--device", help="Where to run: cpu, cuda, cuda:1.  [default: a GPU if there is one]"),
+    click.option("--device", help="Where to run: cpu, cuda, cuda:1, auto (spread over all GPUs).  [default: a GPU if there is one]"),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
