@@ -74,5 +74,4 @@ for record in (gemma, smollm2):
 # %%
 # **What this shows.** The full operator loses least at every leap on both models; ranks cost more the lower they are, and the plain copy
 # falls behind with the leap. One target block of each model, one kind of text, and 16 documents: the order is more certain than the sizes.
-# Intervals are plain percentiles of the bootstrap, about an eighth too narrow for so few documents. All numbers, with those of further
-# operators, are in :doc:`/causal`.
+# All numbers, with those of further operators, are in :doc:`/causal`.
