@@ -447,7 +447,7 @@ def test_unwritable_output_is_refused_first(saved_model, moments, tmp_path):
     blocker = tmp_path / "blocker"
     blocker.touch()
     for arguments in (["accumulate", "nothing"], ["fit", moments], ["ablate", "--model", "nothing"], ["demo", "--model", "nothing"]):
-        result = run(*arguments, "--out", blocker / "x", code=1)
+        result = run(*arguments, "--out", blocker / "x", code=2)
         assert "cannot write to" in result.stderr
 
 

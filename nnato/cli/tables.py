@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnato.cli.common import console, print_json, say
@@ -177,9 +177,14 @@ def show_accumulated(accumulated: Accumulated) -> None:
     tokens = ", ".join(f"{count:,} {split}" for split, count in accumulated.tokens.items())
     excluded = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in accumulated.excluded.items())
     sinks = ", ".join(f"{text!r} {count}" for text, count in list(accumulated.sink_tokens.items())[:5])
-    text = f"text: {accumulated.text['source']}, {accumulated.text['documents']} documents; tokens: {tokens}"
-    say(text)
+    say(f"text: {accumulated.text['source']}, {documents_of(accumulated.text)}; tokens: {tokens}")
     say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
+
+
+def documents_of(text: Mapping[str, Any]) -> str:
+    """How many documents of a text were read, and of how many, where that is known."""
+    read, there = text["documents"], text.get("documents_there")
+    return f"{read} documents used" if there is None else f"{read} documents" if read == there else f"{read} of {there} documents"
 
 
 def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -> None:
@@ -306,4 +311,6 @@ def show_ablations(results: list[AblationResult]) -> None:
         "1 unharmed. KL: of the edited next-token distribution from the unedited; top-1: how often the most likely token stays, from the "
         "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there."
     )
+    if any(all(effect.kl_after.value == 0 for effect in result.effects.values()) for result in results):
+        notes += " KL after is 0 where the target is the last block: nothing behind it carries an edit to other positions."
     console().print(notes, style="dim", highlight=False)
