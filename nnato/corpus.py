@@ -78,7 +78,7 @@ class Corpus:
         """See that the source is there, without reading it or asking the network; what returns reads the documents.
 
         Raises:
-            TextError: There is no such source.
+            TextError: There is no such source, or it may not be read.
         """
         path = Path(self.source).expanduser()
         if self.source == DEFAULT_TEXT:
@@ -89,7 +89,10 @@ class Corpus:
             files = sorted(path.glob("*.txt"))
             if not files:
                 raise TextError(f"{path} holds no .txt file")
+            _check_readable(files)
             return lambda: (_read(file) for file in files)
+        if path.is_file():
+            _check_readable([path])
         if path.suffix == ".jsonl" and path.is_file():
             return functools.partial(_jsonl, path, self.column)
         if path.is_file():
@@ -99,6 +102,11 @@ class Corpus:
         raise TextError(
             f"no text {self.source!r}: not {DEFAULT_TEXT!r}, a .txt or .jsonl file, a folder of .txt files, or a datasets id owner/name"
         )
+
+    def _files_in_folder(self) -> int | None:
+        """How many documents a folder holds; of other sources that is not known without reading them to their end."""
+        path = Path(self.source).expanduser()
+        return len(list(path.glob("*.txt"))) if self.source != DEFAULT_TEXT and path.is_dir() else None
 
     def tokenize(self, tokenizer: Any, progress: Callable[[int], None] | None = None) -> TokenBlocks:
         """Tokenise documents into blocks; blocks of one document never fall into two splits.
@@ -117,7 +125,7 @@ class Corpus:
         spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the blocks
         digest = hashlib.blake2b(digest_size=16)
         rows: list[tuple[int, ...]] = []
-        seen, tokens, documents, largest = 0, 0, 0, 0
+        seen, tokens, documents, largest, whole = 0, 0, 0, 0, True
         for text in self.documents():
             identity = _hash(text, "split")
             split = _split(identity)
@@ -140,6 +148,7 @@ class Corpus:
             if progress is not None:
                 progress(tokens)
             if self.tokens is not None and tokens >= self.tokens:
+                whole = False  # as far as is known: the next document was not asked for
                 break
         spool.flush()
         index = np.array(rows, dtype=np.int64).reshape(-1, 6)
@@ -151,7 +160,14 @@ class Corpus:
                 "by their hash); give more text, or more --tokens"
             )
         largest = max([largest, *tokenizer.all_special_ids])
-        fingerprint = {**asdict(self), "documents": documents, "split_tokens": counts, "digest": digest.hexdigest()}
+        there = documents if whole else self._files_in_folder()
+        fingerprint = {
+            **asdict(self),
+            "documents": documents,
+            "documents_there": there,
+            "split_tokens": counts,
+            "digest": digest.hexdigest(),
+        }
         special = torch.zeros(largest + 1, dtype=torch.bool)
         special[tokenizer.all_special_ids] = True
         return TokenBlocks(spool, index, special, self.context, fingerprint)
@@ -217,6 +233,10 @@ class TokenBlocks:
         """The blocks of one split."""
         return replace(self, index=self.index[self.index[:, 2] == SPLITS.index(split)])
 
+    def count_full(self, split: str) -> int:
+        """How many blocks of a split have full length."""
+        return int(((self.index[:, 2] == SPLITS.index(split)) & (self.index[:, 1] == self.context)).sum())
+
     def full_blocks(self, split: str, count: int) -> np.ndarray:
         """Row numbers of full-length blocks of a split, one per document as far as they go, then second ones, and so on.
 
@@ -225,9 +245,10 @@ class TokenBlocks:
         """
         rows = np.flatnonzero((self.index[:, 2] == SPLITS.index(split)) & (self.index[:, 1] == self.context))
         if len(rows) < count:
+            fewer = f", or ask for {len(rows)} (--sequences {len(rows)}; of mlsae layers --costs {len(rows)})" if len(rows) > 1 else ""
             raise TextError(
                 f"{count} sequences of {self.context} tokens were asked for, but the {split} documents hold {len(rows)}; "
-                "give more text, or fewer sequences, or a shorter context"
+                f"give more text, or a shorter context{fewer}"
             )
         rows = rows[np.argsort(self.index[rows, 4], kind="stable")]
         turn = np.zeros(len(rows), dtype=np.int64)
@@ -302,6 +323,12 @@ def python_docs() -> Iterator[str]:
     if not documents:
         raise TextError(f"this Python has no documentation of its standard library under {root}; give a --text of your own")
     yield from sorted(documents, key=lambda text: _hash(text, "order"))
+
+
+def _check_readable(files: Iterable[Path]) -> None:
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise TextError(f"cannot read {path}: it is gone, or you may not read it; give another text, or change its permissions")
 
 
 def _read(path: Path) -> str:

@@ -48,6 +48,10 @@ class OutputError(NnatoError):
     """A place that cannot be written to."""
 
 
+class UnwritableError(OutputError):
+    """A folder for results that cannot be made or written to, as found before work starts: wrong input, no failure."""
+
+
 class RemoteError(NnatoError):
     """A job on a server that could not be sent, failed there, or whose answer cannot be had.
 

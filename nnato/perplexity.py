@@ -25,6 +25,9 @@ from nnato.statistics import Progress
 if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
 
+SEQUENCES = 24
+"""Sequences of an ablation that asks for no number."""
+
 
 def ablate(
     model: TransformersModel,
@@ -33,7 +36,7 @@ def ablate(
     *,
     positions: int | str | Positions = 5,
     interventions: Sequence[str] = DEFAULT_INTERVENTIONS,
-    sequences: int = 24,
+    sequences: int | None = None,
     seed: int = 0,
     seeds: int = 1,
     controls: Iterable[TransportOperator] = (),
@@ -58,7 +61,7 @@ def ablate(
         positions: How many to draw (5), which ("10,50,70"), "all", "last", "every:8", a class of tokens ("number", "number:2"),
             "active>1.5", or a preset of the paper ("multiple_js"); ordinary tokens only.
         interventions: Names from `edits.INTERVENTIONS`, or of controls.
-        sequences: How many.
+        sequences: How many; by default 24, or as many as there are.
         seed: Of the positions, the random rotations and the bootstrap.
         seeds: Draw positions so many times, with the seeds that follow; results are averaged over draws within each sequence.
         controls: Further operators, which are interventions by their names at their pairs: those of `controls_of`, for example.
@@ -261,12 +264,20 @@ def _check_finite(sums: torch.Tensor, sequence: int, runs: Sequence[Run]) -> Non
         raise ActivationError(f"{list(runs[place][0][2])[number]} at {pair} gives a loss that is not finite in sequence {sequence}")
 
 
-def choose_sequences(blocks: TokenBlocks, count: int, split: str = "test") -> np.ndarray:
+def choose_sequences(blocks: TokenBlocks, count: int | None = None, split: str = "test") -> np.ndarray:
     """Row numbers of sequences to edit, int64 (count,), of documents of a split.
+
+    Args:
+        blocks: The text.
+        count: How many; without a number `SEQUENCES`, or as many as there are.
+        split: Of which documents.
 
     Raises:
         TextError: There are too few, or all come from one document, so that no interval can be given.
     """
+    if count is None:
+        there = blocks.count_full(split)
+        count = min(SEQUENCES, there) if there >= 2 else SEQUENCES
     if count < 2:
         raise TextError(f"{count} sequences: an interval needs at least 2")
     rows = blocks.full_blocks(split, count)

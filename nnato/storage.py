@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nnato.errors import FileFormatError, OutputError
+from nnato.errors import FileFormatError, OutputError, UnwritableError
 
 SCHEMA = 1
 """Version of every file format and cache key of this package; readers refuse newer ones."""
@@ -70,14 +70,14 @@ def prepare_folder(folder: Path, remedy: str = "choose another folder with --out
         remedy: What to do if it cannot be written to.
 
     Raises:
-        OutputError: It cannot.
+        UnwritableError: It cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # which has no name where the system can do that: a kill leaves nothing behind
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
+        raise UnwritableError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
     return folder
 
 
@@ -113,7 +113,7 @@ def exclusive(path: Path) -> Iterator[None]:
     except BlockingIOError:
         raise OutputError(f"another process is working on {path}; wait for it to end, or choose another folder with --out") from None
     except OSError as error:
-        raise OutputError(f"cannot write to {lock.parent}: {error.strerror}; choose another folder with --out") from None
+        raise UnwritableError(f"cannot write to {lock.parent}: {error.strerror}; choose another folder with --out") from None
     with file:
         try:
             yield

@@ -233,3 +233,17 @@ def test_a_source_is_seen_to_be_there_without_reading_it(text, tmp_path):
         Corpus("nosuch/").open()
     with pytest.raises(TextError, match=r"holds no \.txt file"):
         Corpus(str(tmp_path)).open()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(TextError, match=r"cannot read .*link\.txt: it is gone, or you may not read it"):
+        Corpus(str(tmp_path)).open()
+
+
+def test_how_many_documents_there_are(text, tokenizer, tmp_path):
+    """All of a text that is read to its end; else those of a folder, and unknown of what would have to be read for it."""
+    documents = sorted(text.glob("*.txt"))
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": one.read_text()}) for one in documents))
+    for source, limit, there in ((text, None, 60), (text, 2000, 60), (lines, None, 60), (lines, 2000, None)):
+        found = Corpus(str(source), context=32, per_document=None, tokens=limit).tokenize(tokenizer).fingerprint
+        assert found["documents_there"] == there
+        assert (found["documents"] < 60) == (limit is not None)

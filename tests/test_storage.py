@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nnato.errors import FileFormatError, OutputError
+from nnato.errors import FileFormatError, OutputError, UnwritableError
 from nnato.storage import (
     SCHEMA,
     atomic,
@@ -172,7 +172,7 @@ def test_folders_that_cannot_be_written_to(tmp_path):
     blocker.touch()
     with pytest.raises(OutputError, match="cannot write to .*; choose another folder with --out"):
         prepare_folder(blocker / "below")
-    with pytest.raises(OutputError, match="cannot write to /proc"):
+    with pytest.raises(UnwritableError, match="cannot write to /proc"):
         prepare_folder(Path("/proc/nnato"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import warnings
 
 import nnsight
@@ -709,3 +711,26 @@ def test_capture_runs_the_named_blocks_only_and_no_head(any_model, monkeypatch):
         seen, _ = hook_residuals(module, ids)
         assert heads.pop()  # the reference runs it
         assert torch.equal(got, torch.stack([seen["embed"], seen[last]]))
+
+
+@pytest.mark.parametrize("said", ["GreenletExit", "ValueError"])
+def test_a_stopped_pass_does_not_warn_of_its_end_and_other_warnings_show(saved_model, said):
+    """In a process of its own, since pytest has filters of its own."""
+    script = (
+        "import sys, warnings\n"
+        "from nnato import ATOTrace, load_model\n"
+        "model, said = load_model(sys.argv[1]), sys.argv[2]\n"
+        "def stop(*_):\n"
+        "    raise KeyboardInterrupt\n"
+        "model._module.model.layers[2].register_forward_hook(stop)\n"
+        "try:\n"
+        "    with ATOTrace(model, 'w1 w2 w3') as trace:\n"
+        "        trace.residual(3).clone().save()\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped')\n"
+        "if said != 'GreenletExit':\n"
+        "    warnings.warn(f'An intervention block raised {said}() while it was being unwound')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(saved_model), said], capture_output=True, text=True, check=True)
+    assert done.stdout == "stopped\n"
+    assert ("UserWarning" in done.stderr) == (said == "ValueError")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--features", type=click.Path(path_type=Path), help="Safetensors file of directions, for features and active>….")
 @click.option("--steer", type=click.Path(path_type=Path), help="Safetensors file of one vector, which the intervention steer adds.")
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Multiply that vector.")
-@click.option("--sequences", type=int, default=24, show_default=True, help="Test sequences.")
+@click.option("--sequences", type=int, help="Test sequences.  [default: 24, or as many as there are]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the positions and the bootstrap.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Draw positions so many times.")
 @common.text_options
@@ -67,7 +67,7 @@ def command(
     features: Path | None,
     steer: Path | None,
     scale: float,
-    sequences: int,
+    sequences: int | None,
     seed: int,
     seeds: int,
     batch_size: int,
@@ -101,7 +101,7 @@ def command(
     from nnato.fitting import fit
     from nnato.models import describe
     from nnato.operators import TransportOperator
-    from nnato.perplexity import ablate, check_interventions, check_operator, choose_sequences, corpus_of
+    from nnato.perplexity import SEQUENCES, ablate, check_interventions, check_operator, choose_sequences, corpus_of
     from nnato.positions import Draws
     from nnato.sites import default_pairs
 
@@ -135,7 +135,9 @@ def command(
         corpus = common.make_corpus(corpus_of(chosen[0], info) if chosen else default_corpus(info), **text)
         draws.check(corpus.context)
         blocks = tokenize(loaded, corpus, progress)
-        choose_sequences(blocks, sequences)  # refuses too little text before the long part
+        taken = len(choose_sequences(blocks, sequences))  # refuses too little text before the long part
+        if sequences is None and taken < SEQUENCES:
+            common.note(f"{taken} sequences instead of {SEQUENCES}: the test documents hold no more of {blocks.context} tokens")
         with remote.open(server, loaded) as where:
             if not chosen:
                 common.announce_moments(loaded, wanted, blocks.fingerprint["folds"])

@@ -89,7 +89,7 @@ def command(name: str, keep: bool = True) -> Callable[[Callable[..., None]], cli
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> None:
-            from nnato.errors import ActivationError, OutputError
+            from nnato.errors import ActivationError, OutputError, UnwritableError
 
             try:
                 if kwargs.get("text") is not None:  # before a model is loaded
@@ -99,7 +99,8 @@ def command(name: str, keep: bool = True) -> Callable[[Callable[..., None]], cli
                     write_config()
             except NnatoError as error:
                 click.echo(f"Error: {error}", err=True)
-                sys.exit(1 if isinstance(error, ActivationError | OutputError) else 2)
+                failed = isinstance(error, ActivationError | OutputError) and not isinstance(error, UnwritableError)
+                sys.exit(1 if failed else 2)
             except KeyboardInterrupt:
                 click.echo(interrupted(), err=True)
                 sys.exit(130)
@@ -224,7 +225,10 @@ def open_moments(path: Path | None, progress: Progress) -> Accumulated:
     from nnato.accumulation import accumulate_cached, load_moments
 
     if path is not None:
-        return load_moments(path)
+        progress("reading moments", 0, 1)
+        accumulated = load_moments(path)
+        progress("reading moments", 1, 1)
+        return accumulated
     return accumulate_cached(load(None, None, "float32", progress), progress=progress)
 
 

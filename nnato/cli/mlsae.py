@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from nnato.cli import card, common, remotely, serving, steering, sweeping, training
-from nnato.cli.opening import Opened, out_option, sae_options
+from nnato.cli.opening import Opened, out_option, reading_options, sae_options
 from nnato.cli.running import Group
 from nnato.cli.tables import new_table
 
@@ -323,7 +323,7 @@ def _examples(as_json: bool, batch_size: int, latents: str | None, layer: str | 
 
 
 @common.command("prompt")
-@sae_options
+@reading_options
 @click.argument("prompt", required=False)
 @click.option("--most", type=int, default=24, show_default=True, help="Latents shown here; the page shows 400.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page: one file, no network.")

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from nnato.nnsight_setup import TransformersModel
     from nnato.statistics import Progress
 
-sae_options = common.options(
+reading_options = common.options(
     click.argument("sae"),
     click.option("--model", help="The model it is read with.  [default: the one it was trained on, else the embedded one]"),
     click.option("--layers", help="all, or a list such as 3,9,15.  [default: where it was trained, else all]"),
     click.option("--lens", type=click.Path(path_type=Path), help="A lens to read it through.  [default: the one it was trained with]"),
-    common.text_options,
     common.model_options,
 )
+sae_options = common.options(reading_options, common.text_options)
 out_option = click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers (JSON, CSV) and figures.")
 
 
@@ -44,7 +44,7 @@ class Opened:
         self.info = describe(self.model)
         sites = None if options["layers"] is None else parse_sites(options["layers"], self.info.blocks)
         self.sae: MultiLayerSAE = load_multilayer(reference, self.info, sites, lens)
-        self._text = {name: options[name] for name in ("text", "tokens", "context", "per_document", "column")}
+        self._text = {name: options.get(name) for name in ("text", "tokens", "context", "per_document", "column")}
 
     def blocks(self) -> TokenBlocks:
         """The text, cut and checked."""

@@ -40,7 +40,10 @@ def _train(model: str | None, site: str, device: str | None, dtype: str, batch_s
     text = {name: options.pop(name) for name in training.TEXT}
     recipe = Recipe(**options)
     trained = training.run(model, site, recipe, out, lens=None, device=device, dtype=dtype, batch_size=batch_size, text=text)
-    training.show(trained, recipe, f"nnato features evaluate --target {site} --sae {out}", as_json)
+    following = f"nnato features evaluate MOMENTS --target {site} --sae {out}, MOMENTS of this model with pairs to {site}"
+    if model is None:
+        following += "; without, those of the embedded model and text, cached"
+    training.show(trained, recipe, following, as_json)
 
 
 command.add_command(_train)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnato.cli.common import console, print_json, say
@@ -177,9 +177,14 @@ def show_accumulated(accumulated: Accumulated) -> None:
     tokens = ", ".join(f"{count:,} {split}" for split, count in accumulated.tokens.items())
     excluded = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in accumulated.excluded.items())
     sinks = ", ".join(f"{text!r} {count}" for text, count in list(accumulated.sink_tokens.items())[:5])
-    text = f"text: {accumulated.text['source']}, {accumulated.text['documents']} documents; tokens: {tokens}"
-    say(text)
+    say(f"text: {accumulated.text['source']}, {documents_of(accumulated.text)}; tokens: {tokens}")
     say(f"left out: {excluded}" + (f" (sinks: {sinks})" if sinks else ""))
+
+
+def documents_of(text: Mapping[str, Any]) -> str:
+    """How many documents of a text were read, and of how many, where that is known."""
+    read, there = text["documents"], text.get("documents_there")
+    return f"{read} documents used" if there is None else f"{read} documents" if read == there else f"{read} of {there} documents"
 
 
 def show_features(results: list[FeatureResult], entries: list[dict[str, Any]]) -> None:
@@ -261,43 +266,38 @@ def show_generation(result: Generation) -> None:
         say(result.prompt + one.text)
 
 
-def _show_divergences(result: AblationResult) -> None:
-    """What an edit does to the distributions, and how far behind it."""
-    distances = next(iter(result.effects.values())).by_distance
-    shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
-    columns = ("put in", "KL at edits", "KL after", "top-1", *(f"Δ +{distances[place].first}" for place in shown))
-    table = new_table("", columns)
-    for name, effect in result.effects.items():
-        table.add_row(
-            name,
-            with_error(effect.kl_at_edit),
-            with_error(effect.kl_after),
-            with_error(effect.agreement),
-            *(f"{effect.by_distance[place].delta_loss.value:+.3f}" for place in shown),
-            style="bold" if name == "transport" else None,
-        )
-    console().print(table)
-
-
 def show_ablations(results: list[AblationResult]) -> None:
-    """Table of losses under interventions, one per pair."""
+    """Tables of losses under interventions, three per pair: more columns than that do not fit beside the longest name."""
     for result in results:
         title = f"{result.name()}: {result.draws.describe()}, {result.size()}"
-        table = new_table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "over transport", "recov."))
-        table.add_row("(unedited)", f"{result.log_perplexity:.3f}")
+        distances = next(iter(result.effects.values())).by_distance
+        shown = [place for place, one in enumerate(distances) if one.first in (1, 4, 16)]
+        losses = new_table(title, ("put in", "log-ppl", "Δloss at edits", "Δ after", "recov."))
+        losses.add_row("(unedited)", f"{result.log_perplexity:.3f}")
+        changes = new_table("", ("put in", "over transport", "KL at edits", "KL after"))
+        behind = new_table("", ("put in", "top-1", *(f"Δ +{distances[place].first}" for place in shown)))
         for name, effect in result.effects.items():
             at, over, recovered = effect.delta_loss_at_edit, effect.minus_transport, effect.loss_recovered_mean
-            table.add_row(
+            style = "bold" if name == "transport" else None
+            losses.add_row(
                 name,
                 f"{effect.log_perplexity:.3f}",
                 f"{at.value:+.2f} [{at.low:.2f}, {at.high:.2f}]",
                 f"{effect.delta_loss.value:+.3f}",
-                f"{over.value:+.3f} [{over.low:.3f}, {over.high:.3f}]" if over else "",
                 f"{recovered:.2f}" if recovered == recovered else "-",
-                style="bold" if name == "transport" else None,
+                style=style,
             )
-        console().print(table)
-        _show_divergences(result)
+            changes.add_row(
+                name,
+                f"{over.value:+.3f} [{over.low:.3f}, {over.high:.3f}]" if over else "",
+                with_error(effect.kl_at_edit),
+                with_error(effect.kl_after),
+                style=style,
+            )
+            later = (f"{effect.by_distance[place].delta_loss.value:+.3f}" for place in shown)
+            behind.add_row(name, with_error(effect.agreement), *later, style=style)
+        for table in (losses, changes, behind):
+            console().print(table)
         if result.unedited:
             say(f"{result.unedited} sequences have no such position: they count as unchanged in log-ppl, and nowhere else")
     notes = (
@@ -306,4 +306,6 @@ def show_ablations(results: list[AblationResult]) -> None:
         "1 unharmed. KL: of the edited next-token distribution from the unedited; top-1: how often the most likely token stays, from the "
         "first edit on; Δ +n: Δloss n positions behind an edit, or in the bin that begins there."
     )
+    if any(all(effect.kl_after.value == 0 for effect in result.effects.values()) for result in results):
+        notes += " KL after is 0 where the target is the last block: nothing behind it carries an edit to other positions."
     console().print(notes, style="dim", highlight=False)
