@@ -265,3 +265,4 @@ def test_bad_options(trained):
     assert "write for example 5,17" in invoke("mlsae", "examples", folder, *words, "--latents", "x", code=2).stderr
     assert "site 9 does not exist" in invoke("mlsae", "layers", folder, *words, "--layers", "9", code=2).stderr
     assert "no SAE" in invoke("mlsae", "prompt", "nowhere/", code=2).stderr
+    assert "No such option" in invoke("mlsae", "prompt", "nowhere/", "--text", "a.txt", code=2).stderr  # it reads no text

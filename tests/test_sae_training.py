@@ -339,6 +339,8 @@ def test_command(saved_model, text, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "64 latents" in result.stdout
+    assert f"nnato features evaluate MOMENTS --target 2 --sae {tmp_path / 'out'}, MOMENTS of this model with pairs to 2" in result.stdout
+    assert "without, those of the embedded model" not in result.stdout  # they would be of another model
     result = CliRunner().invoke(main, [*arguments, "-k", "0"])
     assert result.exit_code == 2
     assert "give at least 1" in result.stderr
