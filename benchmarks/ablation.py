@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--targets", default="10,13")
     parser.add_argument("--leaps", default="1,2,3,4")
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -533,7 +533,13 @@ def test_ctrl_c_keeps_checkpoints_and_says_so(saved_model, text, tmp_path):
     command = [sys.executable, "-c", "from nnato.cli import main; main()", "accumulate", str(saved_model), "--text", str(text), *TEXT]
     command += ["--out", str(tmp_path / "m"), "--batch-size", "1", "--checkpoint-every", "1"]
     for _ in range(20):  # a job that ends before the signal comes is started again
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"NNATO_CACHE": str(tmp_path)})
+        process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"NNATO_CACHE": str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores for what it starts with &
+        )
         while not (tmp_path / "m" / FILE).exists():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)

@@ -126,7 +126,7 @@ def test_quiet_leaves_only_results(accumulated, saved_model, text, tmp_path):
     assert "GB of sums" in loud.stderr
     calm = run("accumulate", saved_model, "--pairs", "0:2", "--text", text, *TEXT, "--out", tmp_path / "b", "--quiet")
     assert calm.stderr == ""
-    assert "1 pairs in" in calm.stdout
+    assert "1 pair in" in calm.stdout
     assert run("fit", accumulated, "--preset", "paper", "-q").stderr == ""
     assert "Error: " in run("fit", "nothing", "-q", code=2).stderr  # errors are no notes
 
