@@ -93,10 +93,7 @@ class Corpus:
             return lambda: (_read(file) for file in files)
         if path.is_file():
             _check_readable([path])
-        if path.suffix == ".jsonl" and path.is_file():
-            return functools.partial(_jsonl, path, self.column)
-        if path.is_file():
-            return lambda: _passages(_read(path))
+            return functools.partial(_jsonl, path, self.column) if path.suffix == ".jsonl" else lambda: _passages(_read(path))
         if self.source.count("/") == 1 and not path.suffix and not self.source.startswith((".", "/", "~")) and self.source[-1] != "/":
             return functools.partial(_dataset, self.source, self.column)
         raise TextError(
@@ -233,9 +230,12 @@ class TokenBlocks:
         """The blocks of one split."""
         return replace(self, index=self.index[self.index[:, 2] == SPLITS.index(split)])
 
+    def _full(self, split: str) -> np.ndarray:
+        return np.flatnonzero((self.index[:, 2] == SPLITS.index(split)) & (self.index[:, 1] == self.context))
+
     def count_full(self, split: str) -> int:
         """How many blocks of a split have full length."""
-        return int(((self.index[:, 2] == SPLITS.index(split)) & (self.index[:, 1] == self.context)).sum())
+        return len(self._full(split))
 
     def full_blocks(self, split: str, count: int) -> np.ndarray:
         """Row numbers of full-length blocks of a split, one per document as far as they go, then second ones, and so on.
@@ -243,7 +243,7 @@ class TokenBlocks:
         Raises:
             TextError: There are fewer full blocks.
         """
-        rows = np.flatnonzero((self.index[:, 2] == SPLITS.index(split)) & (self.index[:, 1] == self.context))
+        rows = self._full(split)
         if len(rows) < count:
             fewer = f", or ask for {len(rows)} (--sequences {len(rows)}; of mlsae layers --costs {len(rows)})" if len(rows) > 1 else ""
             raise TextError(

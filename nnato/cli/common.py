@@ -40,8 +40,11 @@ def options(*decorators: Function) -> Function:
     return decorate
 
 
+device_option = click.option(
+    "--device", help="Where to run: cpu, cuda, cuda:1, auto (spread over all GPUs).  [default: a GPU if there is one]"
+)
 model_options = options(
-    click.option("--device", help="Where to run: cpu, cuda, cuda:1, auto (spread over all GPUs).  [default: a GPU if there is one]"),
+    device_option,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--leap", help="Leaps before the site, for example 1-8.  [default: all sources that the moments hold]")
 @click.option("--examples", type=int, default=8, show_default=True, help="Contexts to show.")
 @click.option("--force", is_flag=True, help="Go on with fewer than 5 effective tokens per dimension.")
-@click.option("--device", help="Where to run: cpu, cuda, cuda:1, auto (spread over all GPUs).  [default: a GPU if there is one]")
+@common.device_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for a page (HTML) and its numbers (JSON).")
 @common.json_option
 def show(

@@ -49,7 +49,7 @@ def command() -> None:
     help="Encode predictions of one test token in so many; 1 for all.  [default: so many that about 4,096 tokens are]",
 )
 @click.option("--force", is_flag=True, help="Go on with fewer than 5 effective tokens per dimension.")
-@click.option("--device", help="Where to run: cpu, cuda, cuda:1, auto (spread over all GPUs).  [default: a GPU if there is one]")
+@common.device_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers (JSON, CSV), figures, and checkpoints of the pass.")
 @common.json_option
 def _evaluate(

@@ -10,6 +10,7 @@ import click
 
 from nnato.cli import common
 from nnato.cli.opening import Opened, sae_options
+from nnato.cli.tables import new_table
 
 if TYPE_CHECKING:
     from nnato.serving import Explorer
@@ -79,14 +80,10 @@ def _open(options: dict[str, Any], examples: Path | None, prompt: str | None, pr
 
 
 def _show(opened: Opened, rows: list[dict[str, Any]], as_json: bool) -> None:
-    from rich.table import Table
-
     if as_json:
         opened.print_json(None, rows)
     else:
-        table = Table(title="Every route, answered once")
-        for heading in ("route", "status", "bytes"):
-            table.add_column(heading, justify="left" if heading == "route" else "right")
+        table = new_table("Every route, answered once", ("route", "status", "bytes"))
         for row in rows:
             table.add_row(row["route"], str(row["status"]), f"{row['bytes']:,}")
         common.console().print(table)
